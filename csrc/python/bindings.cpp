@@ -250,24 +250,39 @@ cpu::AttentionModuleParams read_module(PyObject* const* args) {
   return module;
 }
 
+// Reads what stands around a module: norm_weight, norm_bias, norm_eps and norm_first.
+void read_residual(PyObject* const* args, ElementType type, cpu::AttentionModuleParams& module) {
+  module.norm = read_norm(args, type, module.features);
+  const int norm_first = PyObject_IsTrue(args[3]);
+  if (norm_first < 0) throw py::error_already_set();
+  if (module.norm.weight != nullptr)
+    module.residual = norm_first != 0 ? cpu::Residual::kNormFirst : cpu::Residual::kNormLast;
+}
+
 const char kSelfAttentionDoc[] =
     "self_attention(x, in_weight, in_bias, out_weight, out_bias, out, num_heads, key_padding, is_causal, "
-    "num_threads)\n\n"
+    "norm_weight, norm_bias, norm_eps, norm_first, num_threads)\n\n"
     "Computes a whole self-attention module for few rows: projects x to query, key and value, attends, projects the\n"
     "result, and writes out. x, out (B, L, E), in_weight ((H + 2 Hkv) D, E), in_bias ((H + 2 Hkv) D,) or None,\n"
     "out_weight (E, H D), out_bias (E,) or None, key_padding (B, L) bool or None. All tensors but key_padding must\n"
-    "have one dtype and be contiguous.";
+    "have one dtype and be contiguous.\n"
+    "With norm_weight (E,) and norm_bias (E,) or None, a layer norm and a residual stand around the module:\n"
+    "x + module(norm(x)) if norm_first, else norm(x + module(x)).";
 
 PyObject* self_attention(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 10, kSelfAttentionDoc);
+  check_count(count, 14, kSelfAttentionDoc);
   cpu::AttentionModuleParams module = read_module(args);
   AttentionParams& params = module.attention;
   params.key_padding = key_padding_view(kReader.optional(args[7], "key_padding"), params.batch, params.seqlen_k);
   const int is_causal = PyObject_IsTrue(args[8]);
   if (is_causal < 0) throw py::error_already_set();
   if (is_causal != 0) params.window_right = 0;
-  params.num_threads = thread_count(args[9]);
-  cpu::kernels().attention_module(module);
+  read_residual(args + 9, kReader.required(args[0], "x").type, module);
+  params.num_threads = thread_count(args[13]);
+  const double work = static_cast<double>(params.batch) * static_cast<double>(params.seqlen_q) *
+                      static_cast<double>(module.features) *
+                      static_cast<double>(4 * module.features + 2 * params.seqlen_k);
+  run_kernel(work, [&] { cpu::kernels().attention_module(module); });
   Py_RETURN_NONE;
 }
 
@@ -279,8 +294,7 @@ const char kAttentionStepDoc[] =
     "but that of the last dimension, key_padding (B, S) bool or None.\n"
     "With lengths (B,) int64 and key_lengths (B,) int32, the cache grows: the projected key and value become row\n"
     "lengths[b] of entry b, then lengths and key_lengths count that row. With None, x is projected to queries only.\n"
-    "With norm_weight (E,) and norm_bias (E,) or None, a layer norm and a residual stand around the module:\n"
-    "x + module(norm(x)) if norm_first, else norm(x + module(x)).\n"
+    "The norm arguments are those of self_attention.\n"
     "IndexError: a cache has no row left. Nothing has been written then.";
 
 PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
@@ -302,11 +316,7 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
   params.key = rows_of(keys);
   params.value = rows_of(values);
   params.key_padding = key_padding_view(kReader.optional(args[11], "key_padding"), batch, params.seqlen_k);
-  module.norm = read_norm(args + 12, x.type, module.features);
-  const int norm_first = PyObject_IsTrue(args[15]);
-  if (norm_first < 0) throw py::error_already_set();
-  if (module.norm.weight != nullptr)
-    module.residual = norm_first != 0 ? cpu::Residual::kNormFirst : cpu::Residual::kNormLast;
+  read_residual(args + 12, x.type, module);
   params.num_threads = thread_count(args[16]);
 
   auto* const lengths =

@@ -302,7 +302,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             if (is_believed or attn_mask is None) and not is_skipping:
                 short = small_inference.self_attention(self, query, key_padding_mask, is_causal)
                 if short is not None:
-                    return short, None
+                    return short.run(), None
         arguments = (key_padding_mask, attn_mask, is_causal, average_attn_weights if need_weights else None)
         if cache is None:
             return self._dense_forward(query, key, value, *arguments)

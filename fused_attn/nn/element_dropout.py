@@ -31,19 +31,15 @@ _CHUNK, _RUN = 256, 64
 
 def call(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)`` for a layer's dropout. The module may be of any class. Only `torch.nn.Dropout` runs natively."""
-    if not (
+    if (
         # torch.compile must not trace the other tests. It makes one kernel of dropout and its neighbours anyway.
-        not modes.is_dynamo_compiling()
-        and type(module) is nn.Dropout
-        and module.training
-        and 0 < module.p <= 1
-        and not module.inplace
-        and is_called_plainly(module)
-        and _is_readable(x)
-        and x.numel() >= FEWEST_ELEMENTS
+        not modes.is_dynamo_compiling() and type(module) is nn.Dropout and is_called_plainly(module) and _is_readable(x)
     ):
-        return module(x)
-    return _drop(x, dropout.draw_seed(x.device), float(module.p))
+        if not module.training:
+            return x
+        if 0 < module.p <= 1 and not module.inplace and x.numel() >= FEWEST_ELEMENTS:
+            return _drop(x, dropout.draw_seed(x.device), float(module.p))
+    return module(x)
 
 
 def factors(seed: Tensor, p: float, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -19,18 +19,26 @@ from fused_attn.nn.cache import CrossAttentionCache
 from fused_attn.nn.native_call import NativeCall
 from fused_attn.nn.self_attention_cache import StaticSelfAttentionCache
 
-#: The largest number of multiply-adds in the projections for which `self_attention` makes the native call. Up to this
-#: size, the native call takes at most 0.85 of the time that `FusedMultiheadAttention.forward` takes without the native
-#: call. This was measured on one core and on two. With few rows, the native call takes a third of the time.
-MOST_PRODUCTS = 2_000_000
+#: With more rows than `few_rows.most_rows`, the largest number of multiply-adds in the projections for which
+#: `self_attention` makes the native call. Up to this size, the native call takes at most 0.96 of the time that
+#: `FusedMultiheadAttention.forward` takes without the native call. This was measured on one core and on two. With few
+#: rows, the native call takes a third of the time.
+MOST_PRODUCTS = 4_000_000
 
 
 def self_attention(
-    module: nn.MultiheadAttention, x: Tensor, key_padding_mask: Tensor | None, is_causal: bool
-) -> Tensor | None:
-    """The output (N, L, E) of the module for x (N, L, E), or None if the native call cannot compute the output.
+    module: nn.MultiheadAttention,
+    x: Tensor,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    *,
+    norm: nn.LayerNorm | None = None,
+    norm_first: bool = False,
+) -> NativeCall | None:
+    """Computes the output (N, L, E) of the module for x (N, L, E). None if no native call can compute the output.
 
     key_padding_mask: None, or (N, L) bool, True = ignore.
+    norm, norm_first: see `attention_step`.
 
     The caller has ruled out gradients, a cache, wanted weights and all other masks.
     """
@@ -40,7 +48,7 @@ def self_attention(
         or not _takes_options(module)
         or not module.batch_first
         or not _takes_input(module, x)
-        or x.numel() * 2 * (module.embed_dim + module.num_kv_heads * module.head_dim) > MOST_PRODUCTS
+        or not is_small(module, x)
         or not _is_plain_padding(key_padding_mask, x.shape[:2])
     ):
         return None
@@ -49,9 +57,17 @@ def self_attention(
     out = torch.empty_like(x)
     arguments = (
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
-        out, module.num_heads, key_padding_mask, is_causal,
+        out, module.num_heads, key_padding_mask, is_causal, *few_rows.norm_arguments(norm), norm_first,
     )  # fmt: skip
-    return NativeCall("self_attention[cpu]", _C.self_attention, arguments, out).run()
+    return NativeCall("self_attention[cpu]", _C.self_attention, arguments, out)
+
+
+def is_small(module: nn.MultiheadAttention, x: Tensor) -> bool:
+    """Whether `self_attention` is faster than one operator after another, for x (N, L, E)."""
+    features = module.embed_dim
+    if x.shape[0] * x.shape[1] <= few_rows.most_rows(x.dtype, features, features):
+        return True
+    return x.numel() * 2 * (features + module.num_kv_heads * module.head_dim) <= MOST_PRODUCTS
 
 
 def attention_step(

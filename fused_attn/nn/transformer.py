@@ -32,7 +32,7 @@ from torch.overrides import has_torch_function_variadic
 from fused_attn import modes
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.nn import decoder_step, element_dropout, few_rows
+from fused_attn.nn import element_dropout, few_rows, native_layer
 from fused_attn.nn.attention import (
     AttentionCache,
     FusedMultiheadAttention,
@@ -123,12 +123,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                 return node
         checks.check_tensor("src", src)
         checks.check_tensors(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
-        x = src
-        if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
-        return self.norm2(x + self._ff_block(x))
+        masks = src_mask, src_key_padding_mask, is_causal
+        is_native = type(self) is TransformerEncoderLayer and native_layer.is_plain(self)
+        step = native_layer.self_attention(self, src, masks) if is_native else None
+        x = _residual(self, src, self.norm1, lambda y: self._sa_block(y, *masks)) if step is None else step.run()
+        step = native_layer.feed_forward(self, x) if is_native else None
+        return _residual(self, x, self.norm2, self._ff_block) if step is None else step.run()
 
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
@@ -344,24 +344,19 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         own_masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         cross_masks = memory_mask, memory_key_padding_mask, memory_is_causal
         with contextlib.nullcontext() if cache is None else restoring_layers([cache]):
-            is_step = cache is not None and type(self) is TransformerDecoderLayer and not torch.compiler.is_compiling()
-            is_step = is_step and decoder_step.is_plain(self)
-            step = decoder_step.self_attention(self, tgt, own_masks, own["cache"]) if is_step else None
+            is_native = type(self) is TransformerDecoderLayer and native_layer.is_plain(self)
+            step = native_layer.self_attention(self, tgt, own_masks, own.get("cache")) if is_native else None
             if step is not None:
                 x = step.run()
             else:
-                x = self._residual(tgt, self.norm1, lambda y: self._sa_block(y, *own_masks, **own))
-            step = decoder_step.cross_attention(self, x, memory, cross_masks, cross["cache"]) if is_step else None
+                x = _residual(self, tgt, self.norm1, lambda y: self._sa_block(y, *own_masks, **own))
+            step = native_layer.cross_attention(self, x, memory, cross_masks, cross.get("cache")) if is_native else None
             if step is not None:
                 y = step.run()
             else:
-                y = self._residual(x, self.norm2, lambda z: self._mha_block(z, memory, *cross_masks, **cross))
-            step = decoder_step.feed_forward(self, y) if is_step else None
-            return self._residual(y, self.norm3, self._ff_block) if step is None else step.run()
-
-    def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
-        """The output of a block with its residual connection and its layer norm."""
-        return x + block(norm(x)) if self.norm_first else norm(x + block(x))
+                y = _residual(self, x, self.norm2, lambda z: self._mha_block(z, memory, *cross_masks, **cross))
+            step = native_layer.feed_forward(self, y) if is_native else None
+            return _residual(self, y, self.norm3, self._ff_block) if step is None else step.run()
 
     @property
     def takes_is_causal(self) -> bool:
@@ -544,7 +539,7 @@ class TransformerDecoder(nn.TransformerDecoder):
             return None
         if any(type(layer) is not TransformerDecoderLayer for layer in self.layers):
             return None
-        return decoder_step.record(self.layers, self.norm, tgt, memory, memory_key_padding_mask, cache)
+        return native_layer.record(self.layers, self.norm, tgt, memory, memory_key_padding_mask, cache)
 
     #: Whether tgt_is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True
@@ -676,6 +671,11 @@ class Transformer(nn.Transformer):
             src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask,
             memory_key_padding_mask, src_is_causal, tgt_is_causal, memory_is_causal,
         )  # fmt: skip
+
+
+def _residual(layer: Any, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
+    """The output of a block of a layer, with its residual connection and its layer norm."""
+    return x + block(norm(x)) if layer.norm_first else norm(x + block(x))
 
 
 def _feed_forward(layer: Any, x: Tensor, last_dropout: nn.Module) -> Tensor:

@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return run(*args, **kwargs)
 
     # The native call for small modules does not call `fused_attention`, so it is switched off.
-    monkeypatch.setattr(attention_module.small_inference, "MOST_PRODUCTS", 0)
+    monkeypatch.setattr(attention_module.small_inference, "is_small", lambda *args: False)
     monkeypatch.setattr(attention_module, "fused_attention", counting)
     return seen
 

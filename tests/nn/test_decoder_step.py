@@ -16,8 +16,8 @@ from fused_attn.nn import (
     CrossAttentionCache,
     StaticKVCache,
     StaticSelfAttentionCache,
-    decoder_step,
     few_rows,
+    native_layer,
     small_inference,
 )
 from fused_attn.nn.cache import LayerCache, SlidingKVCache
@@ -40,7 +40,7 @@ def general_way() -> Iterator[None]:
     """No native call stands for an attention module, or for more than a linear layer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small_inference, "attention_step", lambda *args, **options: None)
-        patch.setattr(decoder_step, "feed_forward", lambda *args: None)
+        patch.setattr(native_layer, "feed_forward", lambda *args: None)
         yield
 
 

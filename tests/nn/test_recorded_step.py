@@ -17,8 +17,8 @@ from fused_attn.nn import (
     StaticKVCache,
     TransformerDecoder,
     TransformerDecoderLayer,
-    decoder_step,
     generation,
+    native_layer,
 )
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the native extension is not built")
@@ -49,7 +49,7 @@ def make_model(kind: type = Seq2SeqTransformer, seed: int = 0, **options) -> Seq
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets "record" whenever a step is recorded, and "run" whenever a recorded one runs."""
     events: list[str] = []
-    record = decoder_step.record
+    record = native_layer.record
 
     def counted_record(*args) -> Callable[[Tensor], Tensor] | None:
         run = record(*args)
@@ -63,13 +63,13 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return counted_run
 
-    monkeypatch.setattr(decoder_step, "record", counted_record)
+    monkeypatch.setattr(native_layer, "record", counted_record)
     return events
 
 
 def generate_without_recording(model: Seq2SeqTransformer, *args, **options) -> generation.Generation:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_step, "record", lambda *args: None)
+        patch.setattr(native_layer, "record", lambda *args: None)
         return model.generate(*args, return_scores=True, **options)
 
 

@@ -72,7 +72,7 @@ class Doubled(nn.Linear):
 
 
 def _long(module, x):
-    return module, torch.randn(1, 2000, 16)
+    return module, torch.randn(1, 5000, 16)
 
 
 def _transposed(module, x):
@@ -244,8 +244,8 @@ def test_the_native_call_checks_its_arguments() -> None:
     x, weight, out_weight = torch.randn(1, 2, 8), torch.randn(24, 8), torch.randn(8, 8)
     out = torch.empty_like(x)
 
-    def call(x=x, weight=weight, out_weight=out_weight, heads=2, padding=None):
-        cpu._C.self_attention(x, weight, None, out_weight, None, out, heads, padding, False, 1)
+    def call(x=x, weight=weight, out_weight=out_weight, heads=2, padding=None, norm=(None, None, 0.0)):
+        cpu._C.self_attention(x, weight, None, out_weight, None, out, heads, padding, False, *norm, False, 1)
 
     call()
     for arguments, message in (
@@ -257,6 +257,8 @@ def test_the_native_call_checks_its_arguments() -> None:
         ({"out_weight": torch.randn(8, 7)}, "out_weight: expected shape"),
         ({"heads": 3}, "num_heads: expected a divisor of 8, got 3"),
         ({"padding": torch.zeros(1, 3, dtype=torch.bool)}, "key_padding: expected shape"),
+        ({"norm": (torch.ones(7), None, 1e-5)}, "norm_weight: expected shape"),
+        ({"norm": (torch.ones(8), torch.ones(8).double(), 1e-5)}, "norm_bias: expected float32, got float64"),
     ):
         with pytest.raises(ValueError, match=message):
             call(**arguments)

@@ -187,7 +187,7 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return run(query, key, value, attn_mask, **kwargs)
 
     # The native call for small modules does not call `fused_attention`, so it is switched off.
-    monkeypatch.setattr(attention_module.small_inference, "MOST_PRODUCTS", 0)
+    monkeypatch.setattr(attention_module.small_inference, "is_small", lambda *args: False)
     monkeypatch.setattr(attention_module, "fused_attention", counting)
     return calls
 

@@ -1,7 +1,7 @@
-"""A decoder layer's parts for a step of decoding: each module with its residual connection and layer norm.
+"""The parts of an encoder or decoder layer for few rows: each module with its residual connection and layer norm.
 
-With one new row for each target, calling the operators one by one takes longer than the arithmetic. Here, an attention
-with all that surrounds it is one native call, and a feed-forward block is two.
+With few rows, calling the operators one by one takes longer than the arithmetic. Here, an attention with all that
+surrounds it is one native call, and a feed-forward block is two. This is for calls without gradients on a CPU.
 
 Each function returns what computes a part of the layer, and computes nothing itself. A layer runs the parts at once.
 `record` keeps those of a whole decoder. A generation runs them for every token, without asking again what may run.
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from fused_attn.nn import few_rows, small_inference
 from fused_attn.nn.attention import FusedMultiheadAttention
+
+Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 
 #: attn_mask, key_padding_mask and is_causal
 Masks = tuple[Tensor | None, Tensor | None, bool]
@@ -42,17 +44,20 @@ class Steps(NamedTuple):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether nothing but the modules of the layer decides what its blocks compute.
+    """Whether the parts of the layer may be native calls, if its modules allow that.
 
-    The class of the layer must not override a block. The caller checks this.
+    Gradients are off, torch.compile traces nothing, and nothing but the modules of the layer decides what its blocks
+    compute. The class of the layer must not override a block. The caller checks this.
     """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
     return not layer.__dict__.keys() & {"_sa_block", "_mha_block", "_ff_block"}
 
 
-def self_attention(layer: nn.TransformerDecoderLayer, x: Tensor, masks: Masks, cache: Any) -> Steps | None:
+def self_attention(layer: Layer, x: Tensor, masks: Masks, cache: Any = None) -> Steps | None:
     """Computes the self-attention, around which stand the residual connection and the layer norm.
 
-    x: (N, 1, E), or (1, N, E) without batch_first
+    x: (N, L, E). With a cache: (N, 1, E), or (1, N, E) without batch_first
     """
     modules: Any = layer._modules  # attributes of modules take three times as long
     parts = modules.get("self_attn"), modules.get("norm1"), modules.get("dropout1")
@@ -68,10 +73,13 @@ def cross_attention(
     return _attention(layer, *parts, x, memory, masks, cache)
 
 
-def feed_forward(layer: nn.TransformerDecoderLayer, x: Tensor) -> Steps | None:
+def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
     """Computes the feed-forward block, around which stand the residual connection and the layer norm."""
     modules: Any = layer._modules
-    norm, first, last = (modules.get(name) for name in ("norm3", "linear1", "linear2"))
+    block = 3 if "multihead_attn" in modules else 2  # the number of the block in the layer
+    norm, last_dropout, first, last = (
+        modules.get(name) for name in (f"norm{block}", f"dropout{block}", "linear1", "linear2")
+    )
     activation = layer.__dict__.get("activation")  # a function; a module is in `_modules`
     if (
         torch.is_grad_enabled()
@@ -81,7 +89,7 @@ def feed_forward(layer: nn.TransformerDecoderLayer, x: Tensor) -> Steps | None:
         or not few_rows.is_plain(last)
         or activation not in ELEMENTWISE
         or not _does_nothing(modules.get("dropout"))
-        or not _does_nothing(modules.get("dropout3"))
+        or not _does_nothing(last_dropout)
         or not _is_plain_norm(norm, x)
     ):
         return None
@@ -143,7 +151,7 @@ def record(
 
 
 def _attention(
-    layer: nn.TransformerDecoderLayer,
+    layer: Layer,
     module: nn.Module | None,
     norm: Any,
     dropout: nn.Module | None,
@@ -163,9 +171,13 @@ def _attention(
         or not _is_plain_norm(norm, x)
     ):
         return None
-    call = small_inference.attention_step(
-        module, x, key, key_padding_mask, is_causal, key is x, cache, norm=norm, norm_first=layer.norm_first
-    )
+    around = {"norm": norm, "norm_first": layer.norm_first}
+    if cache is not None:
+        call = small_inference.attention_step(module, x, key, key_padding_mask, is_causal, key is x, cache, **around)
+    elif key is not x or (module.skip_padded_queries and key_padding_mask is not None):
+        return None
+    else:
+        call = small_inference.self_attention(module, x, key_padding_mask, is_causal, **around)
     return None if call is None else Steps((call.run,), call.out)
 
 
@@ -178,6 +190,7 @@ def _is_plain_norm(norm: Any, x: Tensor) -> bool:
     """Whether the native calls can compute the layer norm of the last dimension of x."""
     return (
         type(norm) is nn.LayerNorm
+        and not x.is_nested
         and few_rows.is_called_plainly(norm)
         and norm.normalized_shape == x.shape[-1:]
         and few_rows.is_plain_vector(norm._parameters["weight"], x.dtype)
