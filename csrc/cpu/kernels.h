@@ -61,7 +61,7 @@ struct LinearParams {
 };
 
 // The arguments of dropout: out = x * scale where the random word of an element is at least the threshold, and x * 0
-// elsewhere. Both tensors are contiguous. They may be the same one.
+// elsewhere. All tensors are contiguous. x and out may be the same one.
 struct DropoutParams {
   DType dtype = DType::kFloat32;
   int64_t elements = 0;
@@ -70,6 +70,10 @@ struct DropoutParams {
   uint64_t seed = 0;
   uint32_t threshold = 0;
   double scale = 1;
+  bool relu = false;  // max(x, 0) takes the place of x
+  // The result of a relu and dropout. If it is given, out is the gradient of its input, and x that of the result: x *
+  // scale where the result is positive or NaN, and 0 elsewhere. So no random number is needed.
+  const void* result = nullptr;
   int32_t num_threads = 1;
 };
 

@@ -388,32 +388,59 @@ PyObject* linear(PyObject* const* args, Py_ssize_t count) {
 }
 
 const char kDropoutDoc[] =
-    "dropout(x, out, seed, dropout_p, num_threads)\n\n"
+    "dropout(x, out, seed, dropout_p, relu, num_threads)\n\n"
     "Writes x to out, each element multiplied by 0 with probability dropout_p, and otherwise by 1 / (1 - dropout_p).\n"
-    "x, out: contiguous, of any shape, of one shape and dtype. seed: 0-d int64. fused_attn.nn.element_dropout says "
-    "which\n"
-    "elements survive.";
+    "If relu is true, max(x, 0) takes the place of x. x, out: contiguous, of any shape, of one shape and dtype. seed:\n"
+    "0-d int64. fused_attn.nn.element_dropout says which elements survive.";
 
-PyObject* dropout(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 5, kDropoutDoc);
-  const Argument x = kReader.required(args[0], "x"), out = kReader.required(args[1], "out");
+const char kReluDropoutBackwardDoc[] =
+    "relu_dropout_backward(x, out, result, dropout_p, num_threads)\n\n"
+    "Writes to out the gradient of the input of dropout(max(input, 0)), whose result is given. x is the gradient of "
+    "the\n"
+    "result: out = x / (1 - dropout_p) where the result is positive, and 0 elsewhere. All tensors: contiguous, of one\n"
+    "shape and dtype.";
+
+// Reads the arguments that dropout and its backward share.
+cpu::DropoutParams read_dropout(const Argument& x, PyObject* out_argument, PyObject* p_argument) {
+  const Argument out = kReader.required(out_argument, "out");
   if (x.type > ElementType::kBFloat16) x.fail("float32, float64, float16 or bfloat16", name_of(x.type));
-  const double dropout_p = PyFloat_AsDouble(args[3]);
+  const double dropout_p = PyFloat_AsDouble(p_argument);
   if (dropout_p == -1.0 && PyErr_Occurred()) throw py::error_already_set();
   check_dropout_p(dropout_p);
+  out.check_like(x);
+  x.check_contiguous();
+  out.check_contiguous();
   cpu::DropoutParams p;
   p.dtype = kernel_dtype(x.type);
   p.elements = 1;
   for (int i = 0; i < x.tensor.ndim; ++i) p.elements *= x.size(i);
-  out.check_like(x);
-  x.check_contiguous();
-  out.check_contiguous();
   p.x = x.data();
   p.out = out.data();
-  p.seed = static_cast<uint64_t>(
-      *static_cast<const int64_t*>(checked_contiguous(kReader.required(args[2], "seed"), ElementType::kInt64, {})));
   p.threshold = dropout_threshold(dropout_p);
   p.scale = dropout_scale(dropout_p);
+  return p;
+}
+
+PyObject* dropout(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 6, kDropoutDoc);
+  cpu::DropoutParams p = read_dropout(kReader.required(args[0], "x"), args[1], args[3]);
+  const void* const seed = checked_contiguous(kReader.required(args[2], "seed"), ElementType::kInt64, {});
+  p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed));
+  const int relu = PyObject_IsTrue(args[4]);
+  if (relu < 0) throw py::error_already_set();
+  p.relu = relu != 0;
+  p.num_threads = thread_count(args[5]);
+  run_kernel(static_cast<double>(p.elements), [&] { cpu::kernels().dropout(p); });
+  Py_RETURN_NONE;
+}
+
+PyObject* relu_dropout_backward(PyObject* const* args, Py_ssize_t count) {
+  check_count(count, 5, kReluDropoutBackwardDoc);
+  const Argument x = kReader.required(args[0], "x"), result = kReader.required(args[2], "result");
+  cpu::DropoutParams p = read_dropout(x, args[1], args[3]);
+  result.check_like(x);
+  result.check_contiguous();
+  p.result = result.data();
   p.num_threads = thread_count(args[4]);
   run_kernel(static_cast<double>(p.elements), [&] { cpu::kernels().dropout(p); });
   Py_RETURN_NONE;
@@ -428,6 +455,8 @@ PyMethodDef kMethods[] = {
     {"attention_step", as_c_function(entry_point<attention_step>), METH_FASTCALL, kAttentionStepDoc},
     {"linear", as_c_function(entry_point<linear>), METH_FASTCALL, kLinearDoc},
     {"dropout", as_c_function(entry_point<dropout>), METH_FASTCALL, kDropoutDoc},
+    {"relu_dropout_backward", as_c_function(entry_point<relu_dropout_backward>), METH_FASTCALL,
+     kReluDropoutBackwardDoc},
     {nullptr, nullptr, 0, nullptr},
 };
 

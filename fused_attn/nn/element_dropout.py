@@ -2,7 +2,7 @@
 
 torch draws the random number of one element after the other: this took a third of the training time of a layer in
 bfloat16. torch also keeps a factor for each element until backward. Here, all threads draw numbers, and backward draws
-them again from the seed.
+them again from the seed. After a relu, backward needs no random numbers, because the result has what it needs.
 
 The random numbers come from Philox, as in `fused_attn.attention.dropout`. Element e, counted in the order of indices,
 belongs to word ``e // 64 % 4`` of the counter ``(e // 256, e % 64, 0, 0)``. The element survives if this word is at
@@ -11,7 +11,10 @@ least ``threshold(p)``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, empty, get_num_threads, is_grad_enabled, nn  # not torch.empty: see `modes`
 from torch._C._functorch import is_legacy_batchedtensor
 
@@ -29,17 +32,21 @@ FEWEST_ELEMENTS = 1024
 _CHUNK, _RUN = 256, 64
 
 
-def call(module: nn.Module, x: Tensor) -> Tensor:
+def call(module: Any, x: Tensor) -> Tensor:
     """``module(x)`` for a layer's dropout. The module may be of any class. Only `torch.nn.Dropout` runs natively."""
-    if (
-        # torch.compile must not trace the other tests. It makes one kernel of dropout and its neighbours anyway.
-        not modes.is_dynamo_compiling() and type(module) is nn.Dropout and is_called_plainly(module) and _is_readable(x)
-    ):
-        if not module.training:
-            return x
-        if 0 < module.p <= 1 and not module.inplace and x.numel() >= FEWEST_ELEMENTS:
-            return _drop(x, dropout.draw_seed(x.device), float(module.p))
-    return module(x)
+    if not _is_plain(module, x):
+        return module(x)
+    if not module.training:
+        return x
+    return _drop(x, dropout.draw_seed(x.device), float(module.p)) if _takes(module, x) else module(x)
+
+
+def call_after_relu(module: Any, x: Tensor) -> Tensor:
+    """``module(relu(x))`` for a layer's dropout. Where it is native, backward needs the result alone."""
+    if not (_is_plain(module, x) and module.training and _takes(module, x)):
+        return call(module, F.relu(x))
+    run = _apply_after_relu if is_grad_enabled() and x.requires_grad else _run_kernel
+    return run(x, dropout.draw_seed(x.device), float(module.p), True)
 
 
 def factors(seed: Tensor, p: float, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -54,6 +61,19 @@ def factors(seed: Tensor, p: float, shape: torch.Size, dtype: torch.dtype) -> Te
     words = torch.stack(dropout.philox(counter, seed), dim=1)  # (chunks, 4, _RUN)
     survives = words.flatten()[:elements].view(shape) >= dropout.threshold(p)
     return survives.to(dtype) * dropout.scale(p)
+
+
+def _is_plain(module: Any, x: Tensor) -> bool:
+    """Whether a native call can stand in for the module, so that nobody sees a difference."""
+    # torch.compile must not trace the other tests. It makes one kernel of dropout and its neighbours anyway.
+    if modes.is_dynamo_compiling():
+        return False
+    return type(module) is nn.Dropout and is_called_plainly(module) and _is_readable(x)
+
+
+def _takes(module: Any, x: Tensor) -> bool:
+    """Whether the native call computes what the module does in training, and is not slower."""
+    return 0 < module.p <= 1 and not module.inplace and x.numel() >= FEWEST_ELEMENTS
 
 
 def _is_readable(x: Tensor) -> bool:
@@ -76,10 +96,11 @@ def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return _apply(x, seed, p) if is_grad_enabled() and x.requires_grad else _run_kernel(x, seed, p)
 
 
-def _run_kernel(x: Tensor, seed: Tensor, p: float) -> Tensor:
+def _run_kernel(x: Tensor, seed: Tensor, p: float, relu: bool = False) -> Tensor:
+    """x, or relu(x), times its `factors`."""
     x = x.contiguous()
     out = empty(x.shape, dtype=x.dtype)
-    events.recorded_if_profiling("dropout[cpu]", _C.dropout)(x, out, seed, p, get_num_threads())
+    events.recorded_if_profiling("dropout[cpu]", _C.dropout)(x, out, seed, p, relu, get_num_threads())
     return out
 
 
@@ -100,5 +121,32 @@ class _Dropout(torch.autograd.Function):
         return dout * factors(seed, ctx.p, dout.shape, dout.dtype), None, None
 
 
+class _DropoutAfterRelu(torch.autograd.Function):
+    """``apply(x, seed, p, True)`` is ``_run_kernel`` with a gradient, which may be differentiated in its turn.
+
+    The result says which elements were positive and survived. The linear layer that follows saves the result, too, so
+    it takes no memory of its own.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, seed: Tensor, p: float, relu: bool) -> Tensor:
+        out = _run_kernel(x, seed, p, relu)
+        ctx.save_for_backward(out)
+        ctx.p = p
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        (out,) = ctx.saved_tensors
+        if modes.is_dynamo_compiling() or is_grad_enabled() or not _is_readable(dout):
+            return (dout * dropout.scale(ctx.p)).masked_fill(out <= 0, 0.0), None, None, None
+        dout = dout.contiguous()
+        dx = empty(dout.shape, dtype=dout.dtype)
+        run = events.recorded_if_profiling("dropout[cpu]", _C.relu_dropout_backward)
+        run(dout, dx, out, ctx.p, get_num_threads())
+        return dx, None, None, None
+
+
 #: `_Dropout.apply` without the code that torch runs for `torch.func`, see `derivatives.autograd`.
 _apply = super(torch.autograd.Function, _Dropout).apply
+_apply_after_relu = super(torch.autograd.Function, _DropoutAfterRelu).apply

@@ -681,10 +681,14 @@ def _residual(layer: Any, x: Tensor, norm: nn.Module, block: Callable[[Tensor], 
 def _feed_forward(layer: Any, x: Tensor, last_dropout: nn.Module) -> Tensor:
     """The feed-forward block of a layer, after dropout, in the shape of x."""
     hidden = few_rows.call(layer.linear1, x)
-    # Nobody else sees the output of a plain linear layer, so it may be overwritten, which also saves its memory.
+    # Without gradients, nobody else sees the output of a plain linear layer, so it may be overwritten.
     is_own = modes.is_direct() and type(hidden) is Tensor and few_rows.is_plain(layer.linear1)
-    hidden = torch.relu_(hidden) if is_own and layer.activation is F.relu else layer.activation(hidden)
-    hidden = element_dropout.call(layer.dropout, hidden)
+    if layer.activation is not F.relu:
+        hidden = element_dropout.call(layer.dropout, layer.activation(hidden))
+    elif is_own and not hidden.requires_grad:
+        hidden = element_dropout.call(layer.dropout, torch.relu_(hidden))
+    else:
+        hidden = element_dropout.call_after_relu(layer.dropout, hidden)
     return element_dropout.call(last_dropout, few_rows.call(layer.linear2, hidden))
 
 

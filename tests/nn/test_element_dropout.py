@@ -28,12 +28,12 @@ SEED = torch.tensor(0x299F31D0A4093822)
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets an entry with each native call."""
-    return count_calls(monkeypatch, element_dropout, "dropout")
+    return count_calls(monkeypatch, element_dropout, "dropout", "relu_dropout_backward")
 
 
 def run(x: Tensor, p: float, threads: int = 2) -> Tensor:
     out = torch.full_like(x, float("nan"))
-    _C.dropout(x, out, SEED, p, threads)
+    _C.dropout(x, out, SEED, p, False, threads)
     return out
 
 
@@ -71,7 +71,7 @@ def test_every_element_is_dropped_as_often_as_the_others():
     seed = torch.empty((), dtype=torch.int64)
     for i in range(calls):
         out = torch.empty(1024)
-        _C.dropout(torch.ones(1024), out, seed.fill_(i), p, 1)
+        _C.dropout(torch.ones(1024), out, seed.fill_(i), p, False, 1)
         kept += out != 0
     assert abs(kept.mean() / calls - (1 - p)) < 4 * (p * (1 - p) / (1024 * calls)) ** 0.5
     deviations = (kept / calls - (1 - p)) / (p * (1 - p) / calls) ** 0.5
@@ -107,7 +107,7 @@ def test_denormal_numbers_survive():
     ],
 )
 def test_bad_arguments_of_the_kernel_are_named(arguments, message):
-    given = {"x": torch.ones(4), "out": torch.ones(4), "seed": SEED, "p": 0.5, "threads": 1} | arguments
+    given = {"x": torch.ones(4), "out": torch.ones(4), "seed": SEED, "p": 0.5, "relu": False, "threads": 1} | arguments
     if given["x"].shape != (4,):
         given["out"] = torch.ones(given["x"].shape)
     with pytest.raises((ValueError, TypeError), match=message):
@@ -143,6 +143,92 @@ def test_output_and_gradients(layout, native):
     expected = reference(0.3, x)
     assert torch.equal(out, expected) and torch.equal(dx, torch.autograd.grad(expected, x, dout)[0])
     assert not torch.equal(out, element_dropout.call(module, x))  # every call drops other elements
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_relu(layout, dtype, native):
+    module = nn.Dropout(0.3)
+    x = LAYOUTS[layout]().to(dtype).detach().requires_grad_()
+    dout = LAYOUTS[layout]().to(dtype)
+    torch.manual_seed(1)
+    out = element_dropout.call_after_relu(module, x)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    assert native == ["dropout", "relu_dropout_backward"]
+    torch.manual_seed(1)
+    lanes = torch.float64 if dtype == torch.float64 else torch.float32
+    factors = element_dropout.factors(dropout.draw_seed(x.device), 0.3, x.shape, lanes)
+    assert torch.equal(out, (x.relu().to(lanes) * factors).to(dtype))
+    assert torch.equal(dx, (dout.to(lanes) * factors * (x > 0)).to(dtype))
+
+
+def test_after_relu_the_result_alone_is_kept(native):
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = element_dropout.call_after_relu(nn.Dropout(0.1), torch.randn(5000, requires_grad=True))
+    assert [x.data_ptr() for x in kept] == [out.data_ptr()]
+
+
+def test_nan_and_infinity_after_relu(native):
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0, -1.0] * 500, requires_grad=True)
+    torch.manual_seed(2)
+    out = element_dropout.call_after_relu(nn.Dropout(0.5), x)
+    torch.manual_seed(2)
+    expected = reference(0.5, x.relu())
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert dx.isfinite().all() and not dx.view(-1, 5)[:, [2, 4]].any()
+
+
+def test_gradients_of_gradients_after_relu(native):
+    x = torch.randn(1100, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(2)
+    out = element_dropout.call_after_relu(nn.Dropout(0.4), x)
+    (dx,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(dx.sum(), x)
+    torch.manual_seed(2)
+    factors = reference(0.4, torch.ones_like(x))
+    torch.testing.assert_close(second, 6 * x.relu() * factors**3)
+
+
+def test_a_batch_of_gradients_after_relu():
+    x = torch.randn(1100, requires_grad=True)
+    out = element_dropout.call_after_relu(nn.Dropout(0.4), x)
+    douts = torch.randn(3, 1100)
+    (batched,) = torch.autograd.grad(out, x, douts, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, x, dout, retain_graph=True)[0] for dout in douts]
+    torch.testing.assert_close(batched, torch.stack(each))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_extreme_probabilities_after_relu(p):
+    x = torch.randn(1100, requires_grad=True)
+    out = element_dropout.call_after_relu(nn.Dropout(p), x)
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(out, x.relu() * (1 - p)) and torch.equal(dx, (x > 0) * (1 - p))
+
+
+def test_other_calls_after_relu(native):
+    x = torch.randn(2000)
+    assert torch.equal(element_dropout.call_after_relu(nn.Dropout(0.3).eval(), x), x.relu())
+    assert torch.equal(element_dropout.call_after_relu(hooked(nn.Dropout(0.0)), x), x.relu() + 1)
+    assert torch.equal(element_dropout.call_after_relu(nn.Identity(), x), x.relu())
+    assert not native
+
+
+def test_errors_of_the_backward_after_relu():
+    whole = [torch.ones(4), torch.ones(4), torch.ones(4), 0.5, 1]
+    _C.relu_dropout_backward(*whole)
+    for position, wrong, message in (
+        (0, torch.ones(4, dtype=torch.int64), "x: expected float32, float64, float16 or bfloat16, got int64"),
+        (1, torch.ones(5), r"out: expected shape \(4,\), got shape \(5,\)"),
+        (2, torch.ones(2, 2), r"result: expected shape \(4,\), got shape \(2, 2\)"),
+        (2, torch.ones(8)[::2], "result: expected a contiguous tensor"),
+        (3, -0.1, "dropout_p: expected a probability"),
+        (4, 0, "num_threads: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.relu_dropout_backward(*whole[:position], wrong, *whole[position + 1 :])
 
 
 def test_no_gradient_no_graph(native):
@@ -333,6 +419,7 @@ def test_layers_apply_it_to_each_block(name, native, monkeypatch):
     found = losses_and_gradients()
     assert len(native) == 2 * count  # forward and backward
     monkeypatch.setattr(element_dropout, "call", lambda module, x: reference(module.p, x))
+    monkeypatch.setattr(element_dropout, "call_after_relu", lambda module, x: reference(module.p, x.relu()))
     for mine, expected in zip(found, losses_and_gradients(), strict=True):
         torch.testing.assert_close(mine, expected)
 
