@@ -424,6 +424,23 @@ def test_layers_apply_it_to_each_block(name, native, monkeypatch):
         torch.testing.assert_close(mine, expected)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_encoder_layer_keeps_little_for_backward(norm_first):
+    """12 numbers of each feature: x, query, key, value, the attention, and the input of each of the other modules."""
+    features, tokens = 32, 80
+    layer = TransformerEncoderLayer(features, 4, 4 * features, 0.1, batch_first=True, norm_first=norm_first)
+    x = torch.randn(2, tokens // 2, features, requires_grad=True)
+    kept: dict[int, Tensor] = {}
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x
+    ):
+        layer(x)
+    sizes = [x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in parameters]
+    large = sum(size for size in sizes if size >= tokens * features * 4)
+    assert large == 12 * tokens * features * 4
+
+
 def test_the_blocks_of_a_layer_can_be_replaced():
     class Doubled(TransformerEncoderLayer):
         def _ff_block(self, x: Tensor) -> Tensor:
