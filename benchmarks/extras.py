@@ -1,4 +1,4 @@
-"""Tables beside those of cases.py: features, small modules, instruction sets, a training step, overhead.
+"""Tables beside those of cases.py: features, small modules, layers, instruction sets, a training step, overhead.
 
 ``python -m benchmarks attention --tables cpu`` measures them after the tables of cases.py. They are for a CPU, but
 ``--tables overhead`` also measures what a call on a GPU costs the host. A table is a function that takes the arguments
@@ -32,6 +32,8 @@ FEATURE_SHAPE, QUICK_FEATURE_SHAPE = (1, 8, 2048, 64), (1, 8, 512, 64)
 NARROW_VALUES, DROPOUT = 32, 0.1
 ISA_SHAPES = ((2, 8, 128, 64), (2, 8, 512, 64), (1, 8, 2048, 64), (1, 8, 2048, 128))
 MODULE_SIZES = ((1, 8, 64, 4), (8, 32, 64, 4), (1, 4, 256, 4))  # batch, length, features, heads
+LAYER_SIZES = ((1, 16, 256, 4), (8, 32, 128, 4), (1, 128, 768, 12), (8, 256, 256, 8), (4, 512, 512, 8))
+QUICK_LAYER_SIZES = ((1, 16, 64, 4),)
 OVERHEAD_SHAPE = (1, 2, 4, 8)
 GPU_OVERHEAD_SHAPE = (1, 2, 256, 64)  # with fewer queries, the kernels for decoding run
 STEP_BATCHES = 8
@@ -87,6 +89,39 @@ def small_modules(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         about |= {"mask": "none", "dtype": "float32", "direction": "training forward" if training else "inference"}
         modules = {OURS: ours, "torch": theirs}
         calls = {name: partial(module, x, x, x, need_weights=False) for name, module in modules.items()}
+        with torch.set_grad_enabled(training):
+            yield _compare(about, calls, arguments)
+
+
+def layers(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Encoder layers, ours and torch's, in training with dropout, and in eval mode without gradients.
+
+    A training step is forward and backward, with the gradients of x and of all parameters. In training, half of each
+    sequence but the first is padding. In eval mode there is no padding, whose rows torch's fast path does not compute.
+    """
+    dtypes = arguments.dtype or ("float32", "bfloat16")[: 1 if arguments.quick else None]
+    sizes = QUICK_LAYER_SIZES if arguments.quick else LAYER_SIZES
+    for dtype, (batch, length, width, heads), training in itertools.product(dtypes, sizes, (True, False)):
+        made = {
+            name: package.TransformerEncoderLayer(width, heads, 4 * width, DROPOUT, batch_first=True)
+            for name, package in ((OURS, fused_attn), ("torch", nn))
+        }
+        made["torch"].load_state_dict(made[OURS].state_dict())
+        x = torch.randn(batch, length, width, dtype=DTYPES[dtype], requires_grad=training)
+        is_padding = torch.zeros(batch, length, dtype=torch.bool)
+        is_padding[1:, length // 2 :] = True
+        dout = torch.randn_like(x)
+
+        def train(layer: nn.Module, x=x, dout=dout, is_padding=is_padding) -> None:
+            torch.autograd.grad(layer(x, src_key_padding_mask=is_padding), [x, *layer.parameters()], dout)
+
+        calls: dict[str, timing.Call] = {}
+        for name, layer in made.items():
+            layer.to(x.dtype).train(training)
+            calls[name] = partial(train, layer) if training else partial(layer, x)
+        about = {"benchmark": "layers", "batch": batch, "length": length, "d_model": width, "heads": heads}
+        about |= {"mask": "padding" if training else "none", "dtype": dtype}
+        about |= {"direction": "training" if training else "inference"}
         with torch.set_grad_enabled(training):
             yield _compare(about, calls, arguments)
 
@@ -207,7 +242,14 @@ def _functions_of_backends(query: Tensor) -> dict[str, Callable]:
     return functions
 
 
-TABLES = {"features": features, "small-modules": small_modules, "isa": isa, "step": step, "overhead": overhead}
+TABLES = {
+    "features": features,
+    "small-modules": small_modules,
+    "layers": layers,
+    "isa": isa,
+    "step": step,
+    "overhead": overhead,
+}
 
 
 def describe(rows: list[Row]) -> str:

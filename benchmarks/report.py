@@ -354,6 +354,16 @@ def _small_modules(rows: list[Row]) -> list[str]:
     ]
 
 
+def _layers(rows: list[Row]) -> list[str]:
+    lines = []
+    for own in summary.groups(select(rows, benchmark="layers", implementation="torch"), ("direction", "dtype")):
+        step = "a training step with dropout" if own[0]["direction"] == "training" else "inference"
+        sizes = (f"({row['batch']}, {row['length']}, {row['d_model']}) {row['over_ours']:.2f}" for row in own)
+        text = "`TransformerEncoderLayer` against torch's at (N, L, E)"
+        lines.append(f"- {text}, {step}, {own[0]['dtype']}: {', '.join(sizes)}")
+    return lines
+
+
 def _isa(rows: list[Row]) -> list[str]:
     """The speed of each instruction set but the best one of the machine, whose speed counts as 1."""
     rows = [row for row in select(rows, benchmark="isa") if row["implementation"] != row["best_isa"]]
@@ -377,7 +387,7 @@ def _overhead(rows: list[Row]) -> list[str]:
 
 
 #: What makes the lines below the table of masks.
-LINES = (_short, _decode, _caches, _serving, _generation, _features, _small_modules, _isa, _step, _overhead)
+LINES = (_short, _decode, _caches, _serving, _generation, _features, _small_modules, _layers, _isa, _step, _overhead)
 
 
 # ---- Memory

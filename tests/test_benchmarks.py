@@ -941,6 +941,7 @@ def test_every_other_table_of_a_cpu_is_rows_of_the_same_format(table: str, monke
     line = {
         "features": "- where torch leaves its fused kernel, forward at (1, 2, 16, 64), float32: bias with gradient ",
         "small-modules": "- `FusedMultiheadAttention` against `nn.MultiheadAttention` at (N, L, E), inference: ",
+        "layers": "- `TransformerEncoderLayer` against torch's at (N, L, E), inference, float32: (1, 16, 64) ",
         "isa": "- speed of our other instruction sets on that machine, float32: ",
         "step": "- a training step of `examples/train_g2p.py` with torch's attention in the same model: ",
         "overhead": "- a call at (1, 2, 4, 8), ours / torch's, best of many, in microseconds: forward ",
