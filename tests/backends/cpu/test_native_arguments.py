@@ -189,7 +189,8 @@ def test_pages(name: str, make: Callable[[], torch.Tensor]) -> None:
 def test_the_small_module_checks_its_tensors(position: int) -> None:
     def arguments() -> list[torch.Tensor]:
         shapes = (2, 3, 8), (24, 8), (24,), (8, 8), (8,), (2, 3, 8)
-        return [*(torch.randn(shape) for shape in shapes), 2, torch.zeros(2, 3, dtype=torch.bool), False, 1]
+        norm = (None, None, 0.0, False)
+        return [*map(torch.randn, shapes), 2, torch.zeros(2, 3, dtype=torch.bool), False, *norm, 1]
 
     _C.self_attention(*arguments())
     names = "x", "in_weight", "in_bias", "out_weight", "out_bias", "out", "num_heads", "key_padding"
