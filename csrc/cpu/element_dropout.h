@@ -26,7 +26,6 @@ FA_INLINE IntVec<Lane> survivors(const uint32_t* words, uint32_t threshold) {
 template <class Storage, class Lane>
 void drop_elements(const DropoutParams& p) {
   const auto* const x = static_cast<const Storage*>(p.x);
-  const auto* const result = static_cast<const Storage*>(p.result);
   auto* const out = static_cast<Storage*>(p.out);
   const Vec<Lane> scale = broadcast<Lane>(static_cast<Lane>(p.scale));
   const int64_t chunks = (p.elements + kDropoutChunk - 1) / kDropoutChunk;
@@ -36,29 +35,45 @@ void drop_elements(const DropoutParams& p) {
   parallel_for(choose_threads(p.num_threads, items, flops), items, [&](int64_t item, int) {
     const int64_t end = chunks < (item + 1) * kChunksOfItem ? chunks : (item + 1) * kChunksOfItem;
     for (int64_t chunk = item * kChunksOfItem; chunk < end; ++chunk) {
-      const int64_t first = chunk * kDropoutChunk;
-      const int64_t count = p.elements - first < kDropoutChunk ? p.elements - first : kDropoutChunk;
-      // Calls function(i, n, e) for n elements at a time, which begin with element e of the chunk and i of the tensor.
-      const auto for_vectors = [&](const auto& function) {
-        for (int64_t e = 0; e < count; e += kLanes<Lane>)
-          function(first + e, count - e < kLanes<Lane> ? static_cast<int>(count - e) : kLanes<Lane>, e);
-      };
-      if (result != nullptr) {
-        for_vectors([&](int64_t i, int n, int64_t) {
-          const Vec<Lane> zero = {}, y = load_as<Lane>(result + i, n);
-          store_as<Lane>(out + i, select<Lane>(y <= zero, zero, load_as<Lane>(x + i, n) * scale), n);
-        });
-        continue;
-      }
       uint32_t words[4][kBlockQ];
       philox_rows(p.seed, 0, 0, 0, static_cast<uint32_t>(chunk), kBlockQ, words);
-      for_vectors([&](int64_t i, int n, int64_t e) {
-        const Vec<Lane> zero = {}, input = load_as<Lane>(x + i, n);
+      const int64_t first = chunk * kDropoutChunk;
+      const int64_t count = p.elements - first < kDropoutChunk ? p.elements - first : kDropoutChunk;
+      for (int64_t e = 0; e < count; e += kLanes<Lane>) {
+        const int n = count - e < kLanes<Lane> ? static_cast<int>(count - e) : kLanes<Lane>;
+        const Vec<Lane> zero = {}, input = load_as<Lane>(x + first + e, n);
         const Vec<Lane> factor = select_or_zero<Lane>(survivors<Lane>(&words[0][0] + e, p.threshold), scale);
-        store_as<Lane>(out + i, (p.relu ? select<Lane>(input < zero, zero, input) : input) * factor, n);
-      });
+        store_as<Lane>(out + first + e, (p.relu ? select<Lane>(input < zero, zero, input) : input) * factor, n);
+      }
     }
   });
+}
+
+// The gradient of relu and dropout: multiplies each element by `scale` where the result is positive or NaN, and
+// otherwise by 0.
+template <class Storage, class Lane>
+void undrop_elements(const DropoutParams& p) {
+  const auto* const x = static_cast<const Storage*>(p.x);
+  const auto* const result = static_cast<const Storage*>(p.result);
+  auto* const out = static_cast<Storage*>(p.out);
+  const Vec<Lane> scale = broadcast<Lane>(static_cast<Lane>(p.scale));
+  constexpr int64_t kItem = kChunksOfItem * kDropoutChunk;
+  const int64_t items = (p.elements + kItem - 1) / kItem;
+  const double flops = 2 * static_cast<double>(p.elements);
+  parallel_for(choose_threads(p.num_threads, items, flops), items, [&](int64_t item, int) {
+    const int64_t end = p.elements < (item + 1) * kItem ? p.elements : (item + 1) * kItem;
+    for (int64_t e = item * kItem; e < end; e += kLanes<Lane>) {
+      const int n = end - e < kLanes<Lane> ? static_cast<int>(end - e) : kLanes<Lane>;
+      const Vec<Lane> zero = {}, y = load_as<Lane>(result + e, n);
+      store_as<Lane>(out + e, select<Lane>(y <= zero, zero, load_as<Lane>(x + e, n) * scale), n);
+    }
+  });
+}
+
+// Runs the kernel of DropoutParams.
+template <class Storage, class Lane>
+void dropout_of(const DropoutParams& p) {
+  p.result == nullptr ? drop_elements<Storage, Lane>(p) : undrop_elements<Storage, Lane>(p);
 }
 
 }  // namespace

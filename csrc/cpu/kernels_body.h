@@ -111,10 +111,10 @@ void linear(const LinearParams& p) {
 
 void dropout(const DropoutParams& p) {
   switch (p.dtype) {
-    case DType::kFloat32: return drop_elements<float, float>(p);
-    case DType::kFloat64: return drop_elements<double, double>(p);
-    case DType::kFloat16: return drop_elements<Float16, float>(p);
-    case DType::kBFloat16: return drop_elements<BFloat16, float>(p);
+    case DType::kFloat32: return dropout_of<float, float>(p);
+    case DType::kFloat64: return dropout_of<double, double>(p);
+    case DType::kFloat16: return dropout_of<Float16, float>(p);
+    case DType::kBFloat16: return dropout_of<BFloat16, float>(p);
   }
 }
 

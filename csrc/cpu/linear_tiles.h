@@ -50,7 +50,8 @@ struct LinearTiles<Policy, true> {
     const int64_t items = (out + kOutputs - 1) / kOutputs;
     const double flops = 2.0 * elements * static_cast<double>(out);
     parallel_for(choose_threads(num_threads, items, flops), items, [&](int64_t item, int) {
-      // The last item begins earlier if it has fewer outputs, and computes some of them a second time.
+      // The last item begins earlier if it has fewer outputs, and computes some of them a second time. Two threads may
+      // then write the same numbers to the same place.
       const int64_t first = out - item * kOutputs < kOutputs ? out - kOutputs : item * kOutputs;
       const AmxRegisters registers;
       const int64_t row_bytes = in * static_cast<int64_t>(sizeof(Storage));

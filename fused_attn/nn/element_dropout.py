@@ -49,8 +49,8 @@ def call_after_relu(module: Any, x: Tensor) -> Tensor:
     return run(x, dropout.draw_seed(x.device), float(module.p), True)
 
 
-def factors(seed: Tensor, p: float, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """What dropout multiplies a tensor of this shape by: 0, or 1 / (1 - p). In plain PyTorch, and slow.
+def survivors(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
+    """Which elements of a tensor of this shape survive, a bool tensor. In plain PyTorch, and slow.
 
     seed: 0-d int64
     """
@@ -59,8 +59,7 @@ def factors(seed: Tensor, p: float, shape: torch.Size, dtype: torch.dtype) -> Te
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     counter = (chunks, torch.arange(_RUN, device=seed.device), zero, zero)
     words = torch.stack(dropout.philox(counter, seed), dim=1)  # (chunks, 4, _RUN)
-    survives = words.flatten()[:elements].view(shape) >= dropout.threshold(p)
-    return survives.to(dtype) * dropout.scale(p)
+    return words.flatten()[:elements].view(shape) >= dropout.threshold(p)
 
 
 def _is_plain(module: Any, x: Tensor) -> bool:
@@ -92,12 +91,12 @@ def _is_readable(x: Tensor) -> bool:
 
 
 def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """x times its `factors`. The kernel must be able to read x."""
+    """x, times 1 / (1 - p) where it survives, and else times 0. The kernel must be able to read x."""
     return _apply(x, seed, p) if is_grad_enabled() and x.requires_grad else _run_kernel(x, seed, p)
 
 
 def _run_kernel(x: Tensor, seed: Tensor, p: float, relu: bool = False) -> Tensor:
-    """x, or relu(x), times its `factors`."""
+    """The same for x or relu(x), without a gradient. The result is contiguous."""
     x = x.contiguous()
     out = empty(x.shape, dtype=x.dtype)
     events.recorded_if_profiling("dropout[cpu]", _C.dropout)(x, out, seed, p, relu, get_num_threads())
@@ -118,14 +117,15 @@ class _Dropout(torch.autograd.Function):
         (seed,) = ctx.saved_tensors
         if not modes.is_dynamo_compiling() and _is_readable(dout):
             return _drop(dout, seed, ctx.p), None, None
-        return dout * factors(seed, ctx.p, dout.shape, dout.dtype), None, None
+        return dout * survivors(seed, ctx.p, dout.shape) * dropout.scale(ctx.p), None, None
 
 
 class _DropoutAfterRelu(torch.autograd.Function):
     """``apply(x, seed, p, True)`` is ``_run_kernel`` with a gradient, which may be differentiated in its turn.
 
-    The result says which elements were positive and survived. The linear layer that follows saves the result, too, so
-    it takes no memory of its own.
+    The result says which elements were positive and survived. The linear layer that follows saves the result, too,
+    unless its weight is frozen. A result of NaN, such as a dropped infinity makes, gets the gradient of an element
+    that survived.
     """
 
     @staticmethod

@@ -31,6 +31,12 @@ MOST_ROWS_OF_TILES = 256
 FEWEST_WEIGHTS = 1 << 17
 
 
+#: The forward methods of torch's classes, which a patch of a class may replace.
+FORWARDS: dict[type, Any] = {
+    kind: kind.forward for kind in (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Dropout)
+}
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) . weight (out, in)^T + bias (out,), as `torch.nn.functional.linear`."""
     is_small = weight.numel() < FEWEST_WEIGHTS and weight.dtype in (torch.float32, torch.float64)
@@ -70,7 +76,7 @@ def call(module: Any, x: Tensor) -> Tensor:
 
 def most_rows(dtype: torch.dtype, features: int, out_features: int) -> int:
     """The most rows for which the native product is used. With more, torch's is faster."""
-    # LinearTiles::fits in csrc/cpu/linear_tiles.h has the same condition.
+    # LinearTiles::fits in csrc/cpu/linear_tiles.h has the same condition for features and out_features.
     has_tiles = dtype == torch.bfloat16 and features % 32 == 0 and out_features >= 32 and _C.cpu_isa() == "amx"
     return MOST_ROWS_OF_TILES if has_tiles else MOST_ROWS
 
@@ -96,6 +102,7 @@ def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of the module does nothing but run the forward of its class."""
     return (
         "forward" not in module.__dict__
+        and FORWARDS.get(type(module), type(module).forward) is type(module).forward
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and module._compiled_call_impl is None
@@ -138,6 +145,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_cpu
         and x.dtype == weight.dtype
         and x.dtype in DTYPES
+        and x.layout is torch.strided
         and not x.is_nested
         and x.dim() > 0
         and x.shape[-1] == weight.shape[-1]
@@ -145,7 +153,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.is_contiguous()
         and weight.layout is torch.strided
         and weight.is_contiguous()
-        and (bias is None or is_plain_vector(bias, x.dtype))
+        and (bias is None or (is_plain_vector(bias, x.dtype) and bias.numel() == weight.shape[0]))
         and not (x.is_neg() or weight.is_neg())
         and not modes.is_any_autocast_enabled()
         and modes.is_direct()

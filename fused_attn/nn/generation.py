@@ -129,9 +129,10 @@ class Search:
         if settings.repetition_penalty != 1.0:
             self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device).scatter_(1, starts, True)
         self.cache: StaticKVCache | None = None
-        #: Computes the output of the decoder (rows, 1, E) for the newest tokens (rows, 1), with the cache. None = the
-        #: next step has to find out how.
-        self.decode: Callable[[Tensor], Tensor] | None = None
+        #: Computes the output of the decoder (rows, 1, E) for the newest tokens (rows, 1), with the cache, if a step
+        #: could be recorded.
+        self.recorded_step: Callable[[Tensor], Tensor] | None = None
+        self.may_record = True  # a step can be recorded once for each size of the cache
 
     def start_cache(self, num_layers: int) -> None:
         """Makes a cache and fills it with the prefix. Without a cache, each step computes all tokens again."""
@@ -149,7 +150,7 @@ class Search:
         if self.cache is None or length <= (capacity := self.cache.max_length):
             return False
         self.cache.reserve(min(2 * capacity, self.tokens.shape[1]))
-        self.decode = None
+        self.recorded_step, self.may_record = None, True
         return True
 
     def step(self) -> None:
@@ -195,15 +196,12 @@ class Search:
     def _decode_newest(self, newest: Tensor, cache: StaticKVCache) -> Tensor:
         """The output (rows, 1, E) of the decoder for the newest token (rows, 1) of each row."""
         # A mode that watches operators does not see the calls of a recorded step.
-        if self.decode is not None and modes.is_direct():
-            return self.decode(newest)
-
-        def decode(newest: Tensor) -> Tensor:
-            return self.model.decode_hidden(newest, self.memory, self.padding, cache=cache)
-
-        hidden = decode(newest)
-        if self.decode is None:  # that step has filled the caches, so the next ones can be recorded
-            self.decode = self.model.recorded_step(newest, self.memory, self.padding, cache) or decode
+        if self.recorded_step is not None and modes.is_direct():
+            return self.recorded_step(newest)
+        hidden = self.model.decode_hidden(newest, self.memory, self.padding, cache=cache)
+        if self.may_record:  # that step has filled the caches
+            self.recorded_step = self.model.recorded_step(newest, self.memory, self.padding, cache)
+            self.may_record = False
         return hidden
 
     def _sampled_from(self, log_probs: Tensor) -> Tensor:

@@ -24,11 +24,21 @@ from fused_attn.nn.attention import FusedMultiheadAttention
 
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 
+#: The method of the class, which a patch of the class may replace.
+FORWARD = FusedMultiheadAttention.forward
+
 #: attn_mask, key_padding_mask and is_causal
 Masks = tuple[Tensor | None, Tensor | None, bool]
 
 #: Activations that torch can apply to each element by itself. The native linear layers surround them.
 ELEMENTWISE = (F.relu, F.gelu, F.silu, F.elu, F.selu, F.mish, F.leaky_relu, torch.relu, torch.tanh, torch.sigmoid)
+
+
+class Blocks(NamedTuple):
+    """A class of layers, and its own methods that compute it. A patch of the class may replace these."""
+
+    kind: type
+    methods: dict[str, Any]
 
 
 class Steps(NamedTuple):
@@ -43,15 +53,23 @@ class Steps(NamedTuple):
         return self.out
 
 
-def is_plain(layer: nn.Module) -> bool:
+def blocks_of(kind: type) -> Blocks:
+    """What `is_plain` needs to know of a class of layers. To be called when the class is defined."""
+    names = {"forward", "_sa_block", "_mha_block", "_ff_block"} & vars(kind).keys()
+    return Blocks(kind, {name: vars(kind)[name] for name in names})
+
+
+def is_plain(layer: nn.Module, blocks: Blocks) -> bool:
     """Whether the parts of the layer may be native calls, if its modules allow that.
 
     Gradients are off, torch.compile traces nothing, and nothing but the modules of the layer decides what its blocks
-    compute. The class of the layer must not override a block. The caller checks this.
+    compute: the layer is of the class itself, and nobody has replaced a method.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(layer) is not blocks.kind:
         return False
-    return not layer.__dict__.keys() & {"_sa_block", "_mha_block", "_ff_block"}
+    return not layer.__dict__.keys() & blocks.methods.keys() and all(
+        getattr(blocks.kind, name) is method for name, method in blocks.methods.items()
+    )
 
 
 def self_attention(layer: Layer, x: Tensor, masks: Masks, cache: Any = None) -> Steps | None:
@@ -82,8 +100,7 @@ def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
     )
     activation = layer.__dict__.get("activation")  # a function; a module is in `_modules`
     if (
-        torch.is_grad_enabled()
-        or first is None
+        first is None
         or last is None
         or not few_rows.is_plain(first)
         or not few_rows.is_plain(last)
@@ -113,13 +130,20 @@ def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
 
 
 def record(
-    layers: Iterable[Any], norm: nn.Module | None, tgt: Tensor, memory: Tensor, padding: Tensor | None, cache: Any
+    layers: Iterable[Any],
+    blocks: Blocks,
+    norm: nn.Module | None,
+    tgt: Tensor,
+    memory: Tensor,
+    padding: Tensor | None,
+    cache: Any,
 ) -> Callable[[Tensor], Tensor] | None:
     """A function that computes the output of a decoder for one new row of each target; None if there is none.
 
     The function may be called as long as nobody changes a module, and as long as the buffers of the cache stay.
 
-    layers, norm: those of the decoder. The caller has checked the classes of the layers
+    layers, norm: those of the decoder
+    blocks: of the class that the layers must be of
     tgt: (N, 1, E), or (1, N, E) without batch_first: a row as the function will get
     memory, padding: those of every step
     cache: the cache of the decoder. It has at least one row already
@@ -127,7 +151,7 @@ def record(
     x = row = torch.empty_like(tgt)
     calls: list[Callable[[], Any]] = []
     for layer, layer_cache in zip(layers, cache.layers, strict=True):
-        if not (is_plain(layer) and few_rows.is_called_plainly(layer)):
+        if not (is_plain(layer, blocks) and few_rows.is_called_plainly(layer)):
             return None
         own, cross = layer_cache.self_attention, layer_cache.cross_attention
         for part, arguments in (
@@ -164,8 +188,8 @@ def _attention(
     attn_mask, key_padding_mask, is_causal = masks
     if (
         attn_mask is not None
-        or torch.is_grad_enabled()
         or type(module) is not FusedMultiheadAttention
+        or FusedMultiheadAttention.forward is not FORWARD
         or not few_rows.is_called_plainly(module)
         or not _does_nothing(dropout)
         or not _is_plain_norm(norm, x)

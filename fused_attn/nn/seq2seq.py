@@ -314,7 +314,7 @@ class Seq2SeqTransformer(nn.Module):
 
         See `TransformerDecoder.recorded_step`, also for when this is None.
         """
-        overrides = type(self).decode_hidden is not Seq2SeqTransformer.decode_hidden or "decode_hidden" in self.__dict__
+        overrides = type(self).decode_hidden is not _DECODE_HIDDEN or "decode_hidden" in self.__dict__
         if overrides or type(self.decoder) is not TransformerDecoder or not tgt.is_cpu:
             return None
         row = memory.new_empty(tgt.shape[0], 1, memory.shape[2])
@@ -468,6 +468,10 @@ class Seq2SeqTransformer(nn.Module):
             if type(x) is Tensor and modes.is_direct() and not torch.compiler.is_compiling():
                 self._sinusoids = table
         return table
+
+
+#: The method of the class, which a patch of the class may replace.
+_DECODE_HIDDEN = Seq2SeqTransformer.decode_hidden
 
 
 def _tie_after_loading(model: Seq2SeqTransformer, incompatible_keys) -> None:

@@ -124,11 +124,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         checks.check_tensor("src", src)
         checks.check_tensors(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
         masks = src_mask, src_key_padding_mask, is_causal
-        is_native = type(self) is TransformerEncoderLayer and native_layer.is_plain(self)
+        is_native = native_layer.is_plain(self, ENCODER_BLOCKS)
         step = native_layer.self_attention(self, src, masks) if is_native else None
-        x = _residual(self, src, self.norm1, lambda y: self._sa_block(y, *masks)) if step is None else step.run()
+        x = step.run() if step else _residual(self, src, self.norm1, lambda y: self._sa_block(y, *masks))
         step = native_layer.feed_forward(self, x) if is_native else None
-        return _residual(self, x, self.norm2, self._ff_block) if step is None else step.run()
+        return step.run() if step else _residual(self, x, self.norm2, self._ff_block)
 
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
@@ -146,6 +146,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def takes_is_causal(self) -> bool:
         """Whether is_causal=True without a mask is the causal mask."""
         return getattr(self.self_attn, "takes_is_causal", False)
+
+
+ENCODER_BLOCKS = native_layer.blocks_of(TransformerEncoderLayer)
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -344,19 +347,16 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         own_masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         cross_masks = memory_mask, memory_key_padding_mask, memory_is_causal
         with contextlib.nullcontext() if cache is None else restoring_layers([cache]):
-            is_native = type(self) is TransformerDecoderLayer and native_layer.is_plain(self)
+            is_native = native_layer.is_plain(self, DECODER_BLOCKS)
             step = native_layer.self_attention(self, tgt, own_masks, own.get("cache")) if is_native else None
-            if step is not None:
-                x = step.run()
-            else:
-                x = _residual(self, tgt, self.norm1, lambda y: self._sa_block(y, *own_masks, **own))
+            x = step.run() if step else _residual(self, tgt, self.norm1, lambda y: self._sa_block(y, *own_masks, **own))
             step = native_layer.cross_attention(self, x, memory, cross_masks, cross.get("cache")) if is_native else None
-            if step is not None:
+            if step:
                 y = step.run()
             else:
                 y = _residual(self, x, self.norm2, lambda z: self._mha_block(z, memory, *cross_masks, **cross))
             step = native_layer.feed_forward(self, y) if is_native else None
-            return _residual(self, y, self.norm3, self._ff_block) if step is None else step.run()
+            return step.run() if step else _residual(self, y, self.norm3, self._ff_block)
 
     @property
     def takes_is_causal(self) -> bool:
@@ -406,6 +406,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     def _ff_block(self, x: Tensor) -> Tensor:
         """The feed-forward block of x, after dropout, in the shape of x."""
         return _feed_forward(self, x, self.dropout3)
+
+
+DECODER_BLOCKS = native_layer.blocks_of(TransformerDecoderLayer)
 
 
 class TransformerDecoder(nn.TransformerDecoder):
@@ -526,8 +529,9 @@ class TransformerDecoder(nn.TransformerDecoder):
     ) -> Callable[[Tensor], Tensor] | None:
         """A function that computes ``self(tgt, memory, ...)`` for one new row of each target, with less work in Python.
 
-        The function may be called as long as nobody changes a module of the decoder, and as long as the buffers of the
-        cache stay. The tensor that it returns may be overwritten by its next call.
+        The function may be called as long as nobody replaces a module or a parameter of the decoder, adds a hook or
+        calls ``train()``, and as long as the buffers of the cache stay. The values of parameters may change. The tensor
+        that it returns may be overwritten by its next call, so two threads must not share one function.
 
         The arguments are those of `forward`. At least one step with this memory and this cache has been done.
 
@@ -535,11 +539,11 @@ class TransformerDecoder(nn.TransformerDecoder):
             None if only `forward` can compute the step: on a GPU, with gradients, with hooks, and with modules of other
             classes.
         """
-        if type(self) is not TransformerDecoder or not few_rows.is_called_plainly(self):
+        is_own = type(self) is TransformerDecoder and TransformerDecoder.forward is _DECODER_FORWARD
+        if not is_own or not few_rows.is_called_plainly(self):
             return None
-        if any(type(layer) is not TransformerDecoderLayer for layer in self.layers):
-            return None
-        return native_layer.record(self.layers, self.norm, tgt, memory, memory_key_padding_mask, cache)
+        padding = memory_key_padding_mask
+        return native_layer.record(self.layers, DECODER_BLOCKS, self.norm, tgt, memory, padding, cache)
 
     #: Whether tgt_is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True
@@ -548,6 +552,10 @@ class TransformerDecoder(nn.TransformerDecoder):
     def takes_cache(self) -> bool:
         """Whether a cache may be passed. Every layer must take its part of the cache."""
         return all(getattr(layer, "takes_cache", False) for layer in self.layers)
+
+
+#: The method of the class, which a patch of the class may replace.
+_DECODER_FORWARD = TransformerDecoder.forward
 
 
 class Transformer(nn.Transformer):

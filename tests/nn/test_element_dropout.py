@@ -37,6 +37,11 @@ def run(x: Tensor, p: float, threads: int = 2) -> Tensor:
     return out
 
 
+def factors(seed: Tensor, p: float, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """What dropout multiplies a tensor of this shape by: 0, or 1 / (1 - p)."""
+    return element_dropout.survivors(seed, p, shape).to(dtype) * dropout.scale(p)
+
+
 # ---- The kernel
 
 
@@ -53,16 +58,16 @@ def test_the_kernel_multiplies_by_the_factors(isa, dtype, elements, p):
     finally:
         _C.select_cpu_isa(before)
     lanes = torch.float64 if dtype == torch.float64 else torch.float32
-    factors = element_dropout.factors(SEED, p, x.shape, lanes)
-    assert torch.equal(one, (x.to(lanes) * factors).to(dtype)) and torch.equal(one, two)
+    expected = x.to(lanes) * factors(SEED, p, x.shape, lanes)
+    assert torch.equal(one, expected.to(dtype)) and torch.equal(one, two)
     assert p < 1 or not one.any()
 
 
 def test_the_factors_come_from_the_words_that_the_docstring_names():
-    factors = element_dropout.factors(SEED, 0.5, torch.Size([10, 100]), torch.float64).flatten()
+    found = factors(SEED, 0.5, torch.Size([10, 100]), torch.float64).flatten()
     for e in (0, 1, 63, 64, 255, 256, 500, 999):
         words = oracle.philox4x32_10(np.array([e // 256, e % 64, 0, 0], dtype=np.uint32), int(SEED))
-        assert factors[e] == (2.0 if words[e // 64 % 4] >= dropout.threshold(0.5) else 0.0)
+        assert found[e] == (2.0 if words[e // 64 % 4] >= dropout.threshold(0.5) else 0.0)
 
 
 def test_every_element_is_dropped_as_often_as_the_others():
@@ -119,7 +124,7 @@ def test_bad_arguments_of_the_kernel_are_named(arguments, message):
 
 def reference(p: float, x: Tensor) -> Tensor:
     """What `element_dropout.call` computes next, in plain PyTorch."""
-    return x * element_dropout.factors(dropout.draw_seed(x.device), p, x.shape, x.dtype)
+    return x * factors(dropout.draw_seed(x.device), p, x.shape, x.dtype)
 
 
 LAYOUTS = {
@@ -157,9 +162,9 @@ def test_after_relu(layout, dtype, native):
     assert native == ["dropout", "relu_dropout_backward"]
     torch.manual_seed(1)
     lanes = torch.float64 if dtype == torch.float64 else torch.float32
-    factors = element_dropout.factors(dropout.draw_seed(x.device), 0.3, x.shape, lanes)
-    assert torch.equal(out, (x.relu().to(lanes) * factors).to(dtype))
-    assert torch.equal(dx, (dout.to(lanes) * factors * (x > 0)).to(dtype))
+    kept = factors(dropout.draw_seed(x.device), 0.3, x.shape, lanes)
+    assert torch.equal(out, (x.relu().to(lanes) * kept).to(dtype))
+    assert torch.equal(dx, (dout.to(lanes) * kept * (x > 0)).to(dtype))
 
 
 def test_after_relu_the_result_alone_is_kept(native):
@@ -255,13 +260,14 @@ def test_gradients_of_gradients(native):
     assert len(native) == 4  # two passes forward, of which the second is a backward, and their two backwards
 
 
-def test_a_batch_of_gradients():
-    x = torch.randn(1100, requires_grad=True)
-    out = element_dropout.call(nn.Dropout(0.4), x)
-    douts = torch.randn(3, 1100)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_batch_of_gradients(dtype):
+    x = torch.randn(1100, dtype=dtype, requires_grad=True)
+    out = element_dropout.call(nn.Dropout(0.1), x)
+    douts = torch.randn(3, 1100, dtype=dtype)
     (batched,) = torch.autograd.grad(out, x, douts, is_grads_batched=True, retain_graph=True)
     each = [torch.autograd.grad(out, x, dout, retain_graph=True)[0] for dout in douts]
-    torch.testing.assert_close(batched, torch.stack(each))
+    torch.testing.assert_close(batched, torch.stack(each), rtol=0, atol=0)
 
 
 def test_a_lazily_negated_gradient():
@@ -368,6 +374,15 @@ def test_transforms_and_modes_run_the_module_itself(native):
     torch.func.jvp(lambda x: element_dropout.call(module, x), (x,), (x,))
     with FakeTensorMode() as mode:
         assert element_dropout.call(module, mode.from_tensor(x)).shape == x.shape
+    assert not native
+
+
+def test_a_patch_of_the_class_is_called(native, monkeypatch):
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x + 1)
+    x = torch.randn(2000)
+    assert torch.equal(element_dropout.call(nn.Dropout(0.3), x), x + 1)
+    assert torch.equal(element_dropout.call(nn.Dropout(0.3).eval(), x), x + 1)
+    assert torch.equal(element_dropout.call_after_relu(nn.Dropout(0.3), x), x.relu() + 1)
     assert not native
 
 

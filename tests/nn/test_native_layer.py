@@ -183,6 +183,27 @@ def test_other_modules_are_called(name: str, norm_first: bool) -> None:
     torch.testing.assert_close(found, layer(x).detach())  # with gradients, nothing is native
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (TransformerEncoderLayer, "_sa_block"),
+        (TransformerEncoderLayer, "_ff_block"),
+        (FusedMultiheadAttention, "forward"),
+        (nn.LayerNorm, "forward"),
+        (nn.Linear, "forward"),
+        (nn.Dropout, "forward"),
+    ],
+)
+def test_a_patch_of_a_class_is_called(kind, name, monkeypatch) -> None:
+    layer, method, calls = random_layer(), getattr(kind, name), []
+    monkeypatch.setattr(kind, name, lambda self, *args, **options: calls.append(1) or method(self, *args, **options))
+    with torch.no_grad():
+        layer(torch.randn(2, 7, E))
+    without_gradients = len(calls)
+    layer(torch.randn(2, 7, E))
+    assert 0 < without_gradients == len(calls) - without_gradients
+
+
 def test_rows_that_are_skipped(attentions) -> None:
     layer = random_layer()
     layer.self_attn.skip_padded_queries = True

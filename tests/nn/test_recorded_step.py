@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_attn.backends import cpu
 from fused_attn.nn import (
+    FusedMultiheadAttention,
     Seq2SeqTransformer,
     StaticKVCache,
     TransformerDecoder,
@@ -199,6 +202,44 @@ def test_other_modules_are_called_in_every_step(change: str, runs: list[str]) ->
     found = model.generate(SRC, 8, return_scores=True)
     assert not runs
     assert torch.equal(found.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (Seq2SeqTransformer, "decode_hidden"), (TransformerDecoder, "forward"), (TransformerDecoderLayer, "forward"),
+        (TransformerDecoderLayer, "_mha_block"), (FusedMultiheadAttention, "forward"), (nn.LayerNorm, "forward"),
+    ],
+)  # fmt: skip
+def test_a_patch_of_a_class_is_called_in_every_step(kind, name, runs: list[str], monkeypatch) -> None:
+    model, method, calls = make_model(), getattr(kind, name), []
+    with torch.no_grad():
+        model.generator.bias[model.eos_id] = -math.inf
+    monkeypatch.setattr(kind, name, lambda self, *args, **options: calls.append(1) or method(self, *args, **options))
+    model.generate(SRC, 9)
+    assert len(calls) >= 9 and not runs
+
+
+@pytest.mark.parametrize("has_hook", [False, True])
+def test_the_cache_is_freed_when_the_generation_ends(has_hook: bool, monkeypatch) -> None:
+    model = make_model()
+    if has_hook:
+        with_hook(model, model.decoder.layers[0].norm1)
+    caches: list[weakref.ref] = []
+    start = generation.Search.start_cache
+
+    def start_cache(self, num_layers: int) -> None:
+        start(self, num_layers)
+        caches.append(weakref.ref(self.cache))
+
+    monkeypatch.setattr(generation.Search, "start_cache", start_cache)
+    gc.collect()
+    gc.disable()
+    try:
+        model.generate(SRC, 5)
+        assert caches[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_hook_runs_in_every_step(runs: list[str]) -> None:
