@@ -1363,7 +1363,9 @@ def test_each_bug_has_one_place_in_the_sources(tmp_path: Path) -> None:
     plant(tmp_path)
 
 
-@pytest.fixture(scope="module")
+# Not scope="module": pytest-xdist may leave this file for another one and return to it. The fixture would be made
+# again, and Python loads no second module of this name.
+@pytest.fixture(scope="session")
 def planted(builder: Builder, tmp_path_factory: pytest.TempPathFactory) -> Planted:
     return Planted(builder, tmp_path_factory.mktemp("mutations"))
 
