@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 
 import pytest
@@ -246,11 +245,17 @@ def test_small_weights_of_float32_are_left_to_torch(dtype, monkeypatch):
 @pytest.mark.skipif("amx" not in (cpu._C.cpu_isas() if cpu._C else ()), reason="needs a processor with AMX")
 @torch.no_grad()
 def test_tiles_are_much_faster_than_torch():
+    """On one thread, because a noisy machine takes longer to wake threads than to multiply."""
     module, x = nn.Linear(256, 1024, dtype=torch.bfloat16), torch.randn(16, 256, dtype=torch.bfloat16)
     times: dict[str, list[float]] = {"torch": [], "native": []}
-    for _ in range(200):
-        for name, function in (("torch", module), ("native", functools.partial(few_rows.call, module))):
-            start = time.perf_counter()
-            function(x)
-            times[name].append(time.perf_counter() - start)
-    assert statistics.median(times["native"]) * 1.3 < statistics.median(times["torch"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(200):
+            for name, function in (("torch", module), ("native", functools.partial(few_rows.call, module))):
+                start = time.perf_counter()
+                function(x)
+                times[name].append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    assert min(times["native"]) * 1.3 < min(times["torch"])
