@@ -7,7 +7,7 @@ true results in float64, and those of eager attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -85,13 +85,15 @@ def noise(
     dropout_p: float,
     largest_score: float,
     largest_weight_grad: float,
+    squared_probs: float = 0.0,
 ) -> dict[str, float]:
     """The rounding error of each result that no algorithm can avoid on these inputs.
 
     There are three causes:
     - A score has the absolute error eps * |score|. The exponential turns it into a relative error of the prob.
     - The gradient of a score is prob * (dprob - delta). The two numbers may be far larger than their difference.
-    - delta = <dout, out> is computed from an ``out`` that was rounded to the dtype.
+    - delta = <dout, out> is computed from an ``out`` that was rounded to the dtype. A gradient that sums over rows,
+      such as that of a bias that heads share, sums the errors of all these rows, each times a prob.
 
     Args:
         dtype: the dtype of the output under test.
@@ -100,23 +102,33 @@ def noise(
         dout, dlse: the gradients of the loss by ``out`` and ``lse``.
         largest_score: the largest magnitude of all visible scores.
         largest_weight_grad: the largest magnitude of the gradients of the probs, from dout alone.
+        squared_probs: the sum of the squares of all probs, before dropout.
     """
     accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     relative = accumulate * max(1.0, largest_score / 4)
     factor = 1.0 / (1.0 - dropout_p) if 0.0 < dropout_p < 1.0 else 1.0
     weight_grad = largest_weight_grad + (0.0 if dlse is None else largest(dlse))
     delta = largest((truth["out"] * dout.double()).square().sum(-1).sqrt())
-    score_grad = 8 * relative * weight_grad + torch.finfo(dtype).eps / 2 * delta
-    found = {
-        "out": relative * factor * largest(tensors["value"]),
+
+    def score_grad(name: str) -> float:
+        """The noise of one score's gradient, or of their sum in an entry of the gradient with this name."""
+        # The errors of rows are independent, so their squares add up. Rows are taken to be divided evenly among the
+        # entries of a column: one of a (1, H, L, S) bias gets a row of each batch entry, and a sink all of its head.
+        gradient = truth[name]
+        entries = gradient.numel() if name == "dsinks" else gradient.numel() // max(1, gradient.shape[-1])
+        summed = max(1.0, (squared_probs / max(1, entries)) ** 0.5)
+        return 8 * relative * weight_grad + torch.finfo(dtype).eps / 2 * delta * summed
+
+    found: dict[str, Callable[[], float]] = {
+        "out": lambda: relative * factor * largest(tensors["value"]),
         # In low precision, probs are rounded to the dtype before they are summed.
-        "lse": 2 * relative + (0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 4),
-        "max": relative,
-        "dquery": score_grad * abs(scale) * largest(tensors["key"]),
-        "dkey": score_grad * abs(scale) * largest(tensors["query"]),
-        "dvalue": 4 * relative * factor * largest(dout),
+        "lse": lambda: 2 * relative + (0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 4),
+        "max": lambda: relative,
+        "dquery": lambda: score_grad("dquery") * abs(scale) * largest(tensors["key"]),
+        "dkey": lambda: score_grad("dkey") * abs(scale) * largest(tensors["query"]),
+        "dvalue": lambda: 4 * relative * factor * largest(dout),
     }
-    return {name: found.get(name, score_grad) for name in truth}
+    return {name: found[name]() if name in found else score_grad(name) for name in truth}
 
 
 def largest(x: Tensor) -> float:

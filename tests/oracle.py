@@ -51,7 +51,8 @@ def attention(
     """(out, lse), or with return_max (out, lse, max), as `fused_attn.fused_attention` defines them.
 
     ``first_sequence``: the batch index of entry 0 in the counter of dropout. ``watch``: a dict that receives the
-    largest score and, when backward runs, the largest gradient of a weight. ``num_splits`` changes no value.
+    largest score, the sum of the squares of all weights and, when backward runs, the largest gradient of a weight.
+    ``num_splits`` changes no value.
     """
     if query.dim() == 2:  # without a head dimension there is one head
         results = attention(
@@ -147,6 +148,7 @@ def attention(
         # A mask with finfo.min makes scores huge, but these scores have no effect on the result, so they do not count.
         note = scores.detach()
         watch["score"] = max(watch["score"], largest(note[note.abs() < 1e5]))
+        watch["squared_probs"] += weights.detach().square().sum(-1).sum().item()
         if weights.requires_grad:
             weights.register_hook(lambda grad: watch.update(weight_grad=max(watch["weight_grad"], largest(grad))))
     if dropout_p:
@@ -357,7 +359,7 @@ def expected(
 ) -> Expected:
     """The true result (float64) and the eager result (in the dtype under test) of the same inputs."""
     wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-    watch = {"score": 0.0, "weight_grad": 0.0}
+    watch = {"score": 0.0, "weight_grad": 0.0, "squared_probs": 0.0}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for many small operations, one thread is fastest
     try:
@@ -376,6 +378,7 @@ def expected(
         dropout_p=options.get("dropout_p", 0.0),
         largest_score=watch["score"],
         largest_weight_grad=watch["weight_grad"],
+        squared_probs=watch["squared_probs"],
     )
     return Expected(truth, eager, tensors["query"].dtype, noise)
 
