@@ -85,7 +85,7 @@ def noise(
     dropout_p: float,
     largest_score: float,
     largest_weight_grad: float,
-    squared_probs: float = 0.0,
+    squared_probs: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """The rounding error of each result that no algorithm can avoid on these inputs.
 
@@ -102,21 +102,20 @@ def noise(
         dout, dlse: the gradients of the loss by ``out`` and ``lse``.
         largest_score: the largest magnitude of all visible scores.
         largest_weight_grad: the largest magnitude of the gradients of the probs, from dout alone.
-        squared_probs: the sum of the squares of all probs, before dropout.
+        squared_probs: for gradients that sum over rows, by their names: the largest sum of the squares of the probs
+            that belong to one entry. Without a number, an entry is taken to have one prob.
     """
     accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     relative = accumulate * max(1.0, largest_score / 4)
     factor = 1.0 / (1.0 - dropout_p) if 0.0 < dropout_p < 1.0 else 1.0
     weight_grad = largest_weight_grad + (0.0 if dlse is None else largest(dlse))
     delta = largest((truth["out"] * dout.double()).square().sum(-1).sqrt())
+    squares = squared_probs or {}
 
     def score_grad(name: str) -> float:
-        """The noise of one score's gradient, or of their sum in an entry of the gradient with this name."""
-        # The errors of rows are independent, so their squares add up. Rows are taken to be divided evenly among the
-        # entries of a column: one of a (1, H, L, S) bias gets a row of each batch entry, and a sink all of its head.
-        gradient = truth[name]
-        entries = gradient.numel() if name == "dsinks" else gradient.numel() // max(1, gradient.shape[-1])
-        summed = max(1.0, (squared_probs / max(1, entries)) ** 0.5)
+        """The noise of a gradient of scores, as an entry of the gradient with this name sums them."""
+        # The errors of rows are independent, so their squares add up.
+        summed = max(1.0, squares.get(name, 1.0)) ** 0.5
         return 8 * relative * weight_grad + torch.finfo(dtype).eps / 2 * delta * summed
 
     found: dict[str, Callable[[], float]] = {

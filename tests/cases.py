@@ -387,7 +387,7 @@ def float_mask_with(fill: Callable[[torch.dtype], float], shape: str = "B1LS", d
     def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         mask = torch.zeros(_size(case, shape), dtype=dtype)
         is_dropped = torch.rand(mask.shape, generator=generator) < dropped
-        is_dropped[..., 0, :] = True
+        is_dropped[..., :1, :] = True
         return mask.masked_fill_(is_dropped, fill(dtype))
 
     return build
