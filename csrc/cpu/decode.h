@@ -170,9 +170,9 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
           for (int64_t group = turn; group < turn_end; ++group) visit(k, count, group);
         }
       };
-      // What is read next into the cache: beside the keys of a group their values, and beside the values the keys of the
-      // next turn. Where the next turn has no such group, the group of the first turn is brought, of the next block. So
-      // after the last turn all groups of the first one have been brought.
+      // What is brought into the cache next: beside the keys of a group their values, and beside the values the keys of
+      // the next turn. Where the next turn has no such group, the group of the first turn is brought, of the next
+      // block. So after the last turn all groups of the first one have been brought.
       const auto values_of = [&](int k, int64_t group) {
         return HeadRows<Storage>{block->value_rows + k, group * p.value.stride_head};
       };

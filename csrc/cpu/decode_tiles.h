@@ -29,8 +29,8 @@ class TurnPrefetcher {
   // Prefetches nothing.
   TurnPrefetcher() = default;
 
-  // `count` rows of `dim` elements for each of `groups` groups, `part_keys` at a time; see groups_of_turn. The rows of a
-  // group are `stride_head` elements from those of the one before. next() will be called about `calls` times.
+  // `count` rows of `dim` elements for each of `groups` groups, `part_keys` at a time; see groups_of_turn. The rows of
+  // a group are `stride_head` elements from those of the one before. next() will be called about `calls` times.
   TurnPrefetcher(HeadRows<Storage> rows, int64_t stride_head, int64_t groups, int count, int part_keys, int dim,
                  int64_t calls)
       : rows_(rows.rows),
@@ -301,8 +301,8 @@ struct DecodeTiles<Policy, true> {
         const float* right = values[k / kStep % 2];
         // The intrinsics that load tiles do not tell the compiler that they read memory.
         asm volatile("" ::: "memory");
-        // The next step is interleaved between the multiplications, because a tile cannot be loaded before the stores to
-        // its memory have reached the cache, and because vectors and tiles work at the same time only so.
+        // The next step is interleaved between the multiplications, because a tile cannot be loaded before the stores
+        // to its memory have reached the cache, and because vectors and tiles work at the same time only so.
         _tile_loadd(4, left, kAmxRowBytes);
         if constexpr (kProbTiles == 1) {
           _tile_loadd(5, right, kValueBytes);
