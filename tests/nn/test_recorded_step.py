@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import re
 import sys
 import warnings
 import weakref
@@ -431,7 +430,7 @@ def test_a_recorded_step_does_what_forward_does_with_gradients_and_modes() -> No
         with (
             torch.no_grad(),
             torch.autocast("cpu", torch.bfloat16),
-            pytest.raises(ValueError, match="got torch.bfloat16"),
+            pytest.raises(ValueError, match=r"got torch\.bfloat16"),
         ):
             call(torch.randn(4, 1, 32))
 
