@@ -17,6 +17,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 __all__ = [
     "can_read",
@@ -51,9 +53,17 @@ def is_direct() -> bool:
         and forward_ad._current_level < 0
         and not in_functorch()
         and _len_torch_dispatch_stack() == 0
-        and _len_torch_function_stack() == 0
+        and (_len_torch_function_stack() == 0 or _changes_no_function())
         and _get_tracing_state() is None
     )
+
+
+def _changes_no_function() -> bool:
+    """True if all function modes are those of ``torch.device("cpu")`` and ``torch.set_default_device("cpu")``.
+
+    Tensors are made on the CPU without these modes, too. Another default device would change where kernels get theirs.
+    """
+    return all(type(mode) is DeviceContext and mode.device.type == "cpu" for mode in _get_current_function_mode_stack())
 
 
 def is_autocast_enabled(device: torch.device) -> bool:

@@ -170,27 +170,51 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
           for (int64_t group = turn; group < turn_end; ++group) visit(k, count, group);
         }
       };
+      // What is brought into the cache next: beside the keys of a group their values, and beside the values the keys of
+      // the next turn. Where the next turn has no such group, the group of the first turn is brought, of the next
+      // block. So after the last turn all groups of the first one have been brought.
+      const auto values_of = [&](int k, int64_t group) {
+        return HeadRows<Storage>{block->value_rows + k, group * p.value.stride_head};
+      };
+      const auto next_keys = [&](int k, int64_t group) -> HeadRows<Storage> {
+        const int64_t next = group + plan.turn_groups;
+        if (next < item.groups) return {block->key_rows + k, next * p.key.stride_head};
+        if (has_block) return {next_block->key_rows + k, (group - turn) * p.key.stride_head};
+        return {};
+      };
       if constexpr (Policy::kUsesAmx) {
         if (uses_tiles) {
+          using Prefetcher = TurnPrefetcher<Storage>;
+          const int64_t groups = turn_end - turn;
+          const auto prefetcher = [&](HeadRows<Storage> rows, int64_t stride_head, int dim, int64_t calls) {
+            if (!plan.exceeds_cache || rows.rows == nullptr) return Prefetcher();
+            return Prefetcher(rows, stride_head, groups, keys.count, plan.part_keys, dim, calls);
+          };
+          Prefetcher values = prefetcher(values_of(0, turn), p.value.stride_head, static_cast<int>(p.value_dim),
+                                         groups * s.tiles.multiply_calls(keys.count, group_rows) + turn_rows);
           visit_groups([&](int k, int count, int64_t group) {
             s.tiles.multiply(group, group_rows, {block->key_rows + k, group * p.key.stride_head}, count, head_dim,
-                             static_cast<Lane>(p.scale), s.scores + (group - turn) * group_rows * kScoreRow<Lane> + k);
+                             static_cast<Lane>(p.scale), s.scores + (group - turn) * group_rows * kScoreRow<Lane> + k,
+                             values);
           });
           for (int64_t row = 0; row < turn_rows; ++row) {
             const int64_t r = turn_row + row;
             Lane* scores = s.scores + row * kScoreRow<Lane>;
             make_logits<Policy>(p, b, first_head + r / nq, r % nq, keys, scores);
             s.rescale[row] = decode_softmax<Policy>(keys.count, scores, partials.row_max[first_row + r], s.row_sum[r]);
-            s.tiles.split_probs(keys.count, scores, row);
+            s.tiles.split_probs(keys.count, scores, row / group_rows, row % group_rows);
+            values.next();
           }
+          Prefetcher following = prefetcher(next_keys(0, turn), p.key.stride_head, head_dim,
+                                            groups * s.tiles.sum_calls(keys.count, group_rows));
           visit_groups([&](int k, int count, int64_t group) {
-            s.tiles.sum_values({block->value_rows + k, group * p.value.stride_head}, group - turn, group_rows, k, count,
-                               static_cast<int>(p.value_dim));
+            s.tiles.sum_values(values_of(k, group), group - turn, group_rows, k, count, static_cast<int>(p.value_dim),
+                               following);
           });
           for (int64_t group = turn; group < turn_end; ++group) {
             const int64_t row = (group - turn) * group_rows;
             s.tiles.add_sums(group - turn, group_rows, s.rescale + row,
-                             partials.acc + (first_row + turn_row + row) * plan.value_row);
+                             partials.acc + (first_row + turn_row + row) * plan.value_row, plan.value_row);
           }
           continue;
         }
@@ -204,16 +228,13 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
           });
         });
       };
-      // The first pass of a group brings what is read next into the cache: beside the keys their values, and beside the
-      // values the keys of the next turn. Where the next turn has no such group, the group of the first turn is
-      // brought, of the next block. So after the last turn all groups of the first one have been brought.
+      // The first pass of a group brings what is read next.
       const auto prefetches = [&](int64_t row) { return plan.exceeds_cache && row % group_rows == 0; };
       visit_parts([&](int k, int count, int64_t group, int64_t row, auto queries) {
         const HeadRows<Storage> key_rows = {block->key_rows + k, group * p.key.stride_head};
-        const HeadRows<Storage> value_rows = {block->value_rows + k, group * p.value.stride_head};
         multiply_keys<Policy, decltype(queries)::value>(
             s.query + (turn_row + row) * query_row, query_row, key_rows, count, head_dim,
-            prefetches(row) ? value_rows : HeadRows<Storage>{}, static_cast<Lane>(p.scale),
+            prefetches(row) ? values_of(k, group) : HeadRows<Storage>{}, static_cast<Lane>(p.scale),
             s.scores + row * kScoreRow<Lane> + k);
       });
       for (int64_t row = 0; row < turn_rows; ++row) {
@@ -223,17 +244,11 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
         s.rescale[row] = decode_softmax<Policy>(keys.count, scores, partials.row_max[first_row + r], s.row_sum[r]);
       }
       visit_parts([&](int k, int count, int64_t group, int64_t row, auto queries) {
-        const HeadRows<Storage> value_rows = {block->value_rows + k, group * p.value.stride_head};
-        HeadRows<Storage> next_rows = {};
-        if (const int64_t next = group + plan.turn_groups; prefetches(row) && next < item.groups) {
-          next_rows = {block->key_rows + k, next * p.key.stride_head};
-        } else if (prefetches(row) && has_block) {
-          next_rows = {next_block->key_rows + k, (group - turn) * p.key.stride_head};
-        }
-        sum_values<Policy, decltype(queries)::value>(value_rows, next_rows, s.scores + row * kScoreRow<Lane> + k, count,
-                                                     static_cast<int>(p.value_dim), k == 0 ? s.rescale + row : nullptr,
-                                                     partials.acc + (first_row + turn_row + row) * plan.value_row,
-                                                     plan.value_row);
+        const HeadRows<Storage> next_rows = prefetches(row) ? next_keys(k, group) : HeadRows<Storage>{};
+        sum_values<Policy, decltype(queries)::value>(
+            values_of(k, group), next_rows, s.scores + row * kScoreRow<Lane> + k, count, static_cast<int>(p.value_dim),
+            k == 0 ? s.rescale + row : nullptr, partials.acc + (first_row + turn_row + row) * plan.value_row,
+            plan.value_row);
       });
     }
     std::swap(block, next_block);

@@ -140,7 +140,7 @@ class _DropoutAfterRelu(torch.autograd.Function):
         (out,) = ctx.saved_tensors
         if modes.is_dynamo_compiling() or is_grad_enabled() or not _is_readable(dout):
             return (dout * dropout.scale(ctx.p)).masked_fill(out <= 0, 0.0), None, None, None
-        dout = dout.contiguous()
+        dout, out = dout.contiguous(), out.contiguous()  # hooks may have stored `out` in another way
         dx = empty(dout.shape, dtype=dout.dtype)
         run = events.recorded_if_profiling("dropout[cpu]", _C.relu_dropout_backward)
         run(dout, dx, out, ctx.p, get_num_threads())

@@ -149,6 +149,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not x.is_nested
         and x.dim() > 0
         and x.shape[-1] == weight.shape[-1]
+        and weight.numel() > 0
         and 0 < x.numel() <= most_rows(x.dtype, *weight.shape[::-1]) * x.shape[-1]
         and x.is_contiguous()
         and weight.layout is torch.strided

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fused_attn import modes
 from fused_attn.attention import checks
 from fused_attn.measurement import progress as progress_bar
 from fused_attn.nn import few_rows
@@ -195,8 +194,7 @@ class Search:
 
     def _decode_newest(self, newest: Tensor, cache: StaticKVCache) -> Tensor:
         """The output (rows, 1, E) of the decoder for the newest token (rows, 1) of each row."""
-        # A mode that watches operators does not see the calls of a recorded step.
-        if self.recorded_step is not None and modes.is_direct():
+        if self.recorded_step is not None:
             return self.recorded_step(newest)
         hidden = self.model.decode_hidden(newest, self.memory, self.padding, cache=cache)
         if self.may_record:  # that step has filled the caches

@@ -19,13 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_attn import modes
 from fused_attn.nn import few_rows, small_inference
 from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn.nn.restoring import Restoring
 
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 
 #: The method of the class, which a patch of the class may replace.
 FORWARD = FusedMultiheadAttention.forward
+
+#: In the place of a parameter that a module does not have
+_MISSING: Any = False
 
 #: attn_mask, key_padding_mask and is_causal
 Masks = tuple[Tensor | None, Tensor | None, bool]
@@ -129,6 +134,46 @@ def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
     return Steps((*normalise, expand.run, activate, contract.run), contract.out)
 
 
+class RecordedStep:
+    """The calls of `record`. The object keeps the cache alive, and the cache does not know the object."""
+
+    def __init__(
+        self, row: Tensor, calls: tuple[Callable[[], Any], ...], out: Tensor, norm: nn.Module | None, caches: Any
+    ):
+        self._row, self._calls, self._out, self._norm = row, calls, out, norm
+        self._own = [cache.self_attention for cache in caches]
+        self._parts = [*self._own, *(cache.cross_attention for cache in caches)]
+        self._buffers = [part.state()[0] for part in self._parts]
+
+    def has_its_buffers(self) -> bool:
+        """Whether the cache still has the tensors that the calls read and write."""
+        return all(part.state()[0] is buffers for part, buffers in zip(self._parts, self._buffers, strict=True))
+
+    def can_run(self, tgt: Tensor) -> bool:
+        """Whether the calls compute what the decoder itself would compute now, and leave nothing out."""
+        row = self._row
+        return (
+            type(tgt) is Tensor
+            and tgt.shape == row.shape
+            and tgt.dtype == row.dtype
+            and tgt.device == row.device
+            and not torch.is_grad_enabled()
+            and (torch.is_inference_mode_enabled() or not row.is_inference())
+            and not modes.is_any_autocast_enabled()
+            and modes.is_direct()
+            and all(cache.has_room() for cache in self._own)
+            and self.has_its_buffers()
+        )
+
+    def run(self, tgt: Tensor) -> Tensor:
+        """The output of the decoder for the rows `tgt`. `can_run` must be true."""
+        with Restoring(self._parts):
+            self._row.copy_(tgt)
+            for call in self._calls:
+                call()
+            return self._out if self._norm is None else self._norm(self._out)
+
+
 def record(
     layers: Iterable[Any],
     blocks: Blocks,
@@ -137,18 +182,17 @@ def record(
     memory: Tensor,
     padding: Tensor | None,
     cache: Any,
-) -> Callable[[Tensor], Tensor] | None:
-    """A function that computes the output of a decoder for one new row of each target; None if there is none.
-
-    The function may be called as long as nobody changes a module, and as long as the buffers of the cache stay.
+) -> RecordedStep | None:
+    """The calls that compute the output of a decoder for one new row of each target; None if there are none.
 
     layers, norm: those of the decoder
     blocks: of the class that the layers must be of
-    tgt: (N, 1, E), or (1, N, E) without batch_first: a row as the function will get
+    tgt: (N, 1, E), or (1, N, E) without batch_first: a row of the kind that the step will get
     memory, padding: those of every step
-    cache: the cache of the decoder. It has at least one row already
+    cache: the cache of the decoder, with an entry for each layer. It has at least one row already
     """
-    x = row = torch.empty_like(tgt)
+    # Contiguous, because a part would else make a copy, once, and read the copy in every step.
+    x = row = torch.empty(tgt.shape, dtype=tgt.dtype, device=tgt.device)
     calls: list[Callable[[], Any]] = []
     for layer, layer_cache in zip(layers, cache.layers, strict=True):
         if not (is_plain(layer, blocks) and few_rows.is_called_plainly(layer)):
@@ -165,13 +209,7 @@ def record(
             calls += steps.calls
             x = steps.out
 
-    def run(tgt: Tensor) -> Tensor:
-        row.copy_(tgt)
-        for call in calls:
-            call()
-        return x if norm is None else norm(x)
-
-    return run
+    return RecordedStep(row, tuple(calls), x, norm, cache.layers)
 
 
 def _attention(
@@ -212,11 +250,12 @@ def _does_nothing(dropout: nn.Module | None) -> bool:
 
 def _is_plain_norm(norm: Any, x: Tensor) -> bool:
     """Whether the native calls can compute the layer norm of the last dimension of x."""
+    if type(norm) is not nn.LayerNorm or x.is_nested or not few_rows.is_called_plainly(norm):
+        return False
+    # FSDP puts plain tensors in the place of parameters, outside of `_parameters`.
+    weight, bias = (norm._parameters.get(name, _MISSING) for name in ("weight", "bias"))
     return (
-        type(norm) is nn.LayerNorm
-        and not x.is_nested
-        and few_rows.is_called_plainly(norm)
-        and norm.normalized_shape == x.shape[-1:]
-        and few_rows.is_plain_vector(norm._parameters["weight"], x.dtype)
-        and (norm._parameters["bias"] is None or few_rows.is_plain_vector(norm._parameters["bias"], x.dtype))
+        norm.normalized_shape == x.shape[-1:]
+        and few_rows.is_plain_vector(weight, x.dtype)
+        and (bias is None or few_rows.is_plain_vector(bias, x.dtype))
     )

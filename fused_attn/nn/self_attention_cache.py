@@ -252,11 +252,15 @@ class StaticSelfAttentionCache:
         rows = self._rows
         if rows is None:
             return None
-        if self._at_most is not None and self._at_most >= self.max_length:
+        if not self.has_room():
             return None
         shape = batch, heads, rows.keys.shape[2], head_dim
         fits = rows.keys.shape == rows.values.shape == shape and rows.keys.dtype == rows.values.dtype == dtype
         return rows if fits and rows.keys.is_cpu else None
+
+    def has_room(self) -> bool:
+        """Whether one more row fits into each batch entry, as far as the host knows the lengths."""
+        return self._at_most is None or self._at_most < self.max_length
 
     def count_filled(self) -> None:
         """Counts the rows that a native call has appended to the buffers of `rows_to_fill`."""

@@ -376,7 +376,8 @@ class Seq2SeqTransformer(nn.Module):
             stop_ids: tokens that end a target, besides ``eos_id``.
             return_scores: return a `Generation`, which also has the log-probabilities.
             on_tokens: called after each step with the new tokens (B * R,), on the device of the model. Targets that
-                have ended get ``pad_id``. On a GPU, up to four calls may follow after all targets have ended.
+                have ended get ``pad_id``. On a GPU, up to four calls may follow after all targets have ended. The
+                function must not change the model, because the steps of a generation are recorded.
             progress: show a progress bar, if rich is installed and the output is a terminal.
             cuda_graph: None = capture the step as a CUDA graph if possible. False = never. True = raise an error if
                 this is not possible.
@@ -437,6 +438,10 @@ class Seq2SeqTransformer(nn.Module):
             if rows.stop > self.max_len:
                 raise ValueError(f"{name}: expected at most max_len={self.max_len} tokens, got {rows.stop}")
         else:
+            if start.shape[0] != tokens.shape[0]:
+                raise ValueError(
+                    f"{name}: expected the batch size of the cache, {start.shape[0]}, got {tokens.shape[0]}"
+                )
             rows = start[:, None] if count == 1 else start[:, None] + torch.arange(count, device=start.device)
         try:
             x = embedding(tokens)

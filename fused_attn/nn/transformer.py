@@ -21,6 +21,7 @@ Wrappers of a layer pass these attributes on.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                 return node
         checks.check_tensor("src", src)
         checks.check_tensors(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
+        checks.check_flag("is_causal", is_causal)
         masks = src_mask, src_key_padding_mask, is_causal
         is_native = native_layer.is_plain(self, ENCODER_BLOCKS)
         step = native_layer.self_attention(self, src, masks) if is_native else None
@@ -497,13 +499,8 @@ class TransformerDecoder(nn.TransformerDecoder):
             )  # fmt: skip
         if cache is None:
             caches: list[Any] = [{}] * len(self.layers)
-        elif not hasattr(cache, "layers"):
-            raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}{paged_hint(cache)}")
-        elif len(cache.layers) != len(self.layers):
-            raise ValueError(f"cache: expected one for {len(self.layers)} layers, got one for {len(cache.layers)}")
-        elif not self.takes_cache:
-            raise ValueError("cache: expected None, since a layer or its self-attention takes no cache, got one")
         else:
+            self._check_cache(cache)
             caches = [{"cache": layer_cache} for layer_cache in cache.layers]
             first: Any = self.layers[0]
             if type(first) is not TransformerDecoderLayer:  # which may pass another tensor to its attention
@@ -524,16 +521,32 @@ class TransformerDecoder(nn.TransformerDecoder):
                 )
             return tgt if self.norm is None else self.norm(tgt)
 
+    def _check_cache(self, cache: Any) -> None:
+        """Raises TypeError or ValueError unless the layers take this cache."""
+        if not hasattr(cache, "layers"):
+            raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}{paged_hint(cache)}")
+        if len(cache.layers) != len(self.layers):
+            raise ValueError(f"cache: expected one for {len(self.layers)} layers, got one for {len(cache.layers)}")
+        if not self.takes_cache:
+            raise ValueError("cache: expected None, since a layer or its self-attention takes no cache, got one")
+
     def recorded_step(
         self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, cache: KVCache
     ) -> Callable[[Tensor], Tensor] | None:
         """A function that computes ``self(tgt, memory, ...)`` for one new row of each target, with less work in Python.
 
         The function may be called as long as nobody replaces a module or a parameter of the decoder, adds a hook or
-        calls ``train()``, and as long as the buffers of the cache stay. The values of parameters may change. The tensor
-        that it returns may be overwritten by its next call, so two threads must not share one function.
+        calls ``train()``. The values of parameters may change. The tensor that it returns may be overwritten by its
+        next call, so two threads must not share one function.
+
+        The function calls `forward` where that computes something else: with gradients, under autocast and under modes
+        of torch, and for a row of another shape or dtype. It also does so, and warns once, if the cache has got other
+        buffers, as by ``reorder`` with the cross-attention, ``reserve`` and ``to``. Then record another step.
 
         The arguments are those of `forward`. At least one step with this memory and this cache has been done.
+
+        Raises:
+            TypeError, ValueError: the cache is none for this decoder, as in `forward`.
 
         Returns:
             None if only `forward` can compute the step: on a GPU, with gradients, with hooks, and with modules of other
@@ -543,7 +556,25 @@ class TransformerDecoder(nn.TransformerDecoder):
         if not is_own or not few_rows.is_called_plainly(self):
             return None
         padding = memory_key_padding_mask
-        return native_layer.record(self.layers, DECODER_BLOCKS, self.norm, tgt, memory, padding, cache)
+        self._check_cache(cache)
+        step = native_layer.record(self.layers, DECODER_BLOCKS, self.norm, tgt, memory, padding, cache)
+        if step is None:
+            return None
+        has_warned = False
+
+        def run(tgt: Tensor) -> Tensor:
+            nonlocal has_warned
+            if step.can_run(tgt):
+                return step.run(tgt)
+            if not (has_warned or step.has_its_buffers()):
+                has_warned = True
+                warnings.warn(
+                    "a recorded step calls forward, because the cache has got other buffers; record the step again",
+                    stacklevel=2,
+                )
+            return self(tgt, memory, memory_key_padding_mask=padding, cache=cache)
+
+        return run
 
     #: Whether tgt_is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True
@@ -695,8 +726,10 @@ def _feed_forward(layer: Any, x: Tensor, last_dropout: nn.Module) -> Tensor:
         hidden = element_dropout.call(layer.dropout, layer.activation(hidden))
     elif is_own and not hidden.requires_grad:
         hidden = element_dropout.call(layer.dropout, torch.relu_(hidden))
-    else:
+    elif few_rows.is_plain(layer.linear2):
         hidden = element_dropout.call_after_relu(layer.dropout, hidden)
+    else:  # the module may overwrite its input, which `call_after_relu` keeps for backward
+        hidden = element_dropout.call(layer.dropout, F.relu(hidden))
     return element_dropout.call(last_dropout, few_rows.call(layer.linear2, hidden))
 
 

@@ -479,3 +479,27 @@ def test_it_is_much_faster_than_torch():
             function(x)
             times[name].append(time.perf_counter() - start)
     assert min(times["native"]) * 3 < min(times["torch"])
+
+
+@pytest.mark.parametrize("change", ["hook", "module"])
+def test_a_linear_layer_may_overwrite_its_input(change):
+    """After relu and dropout, backward needs the result, so nothing may overwrite it."""
+    layer = TransformerEncoderLayer(64, 4, 256, dropout=0.2, batch_first=True)
+    if change == "hook":
+        layer.linear2.register_forward_pre_hook(lambda module, inputs: (inputs[0].mul_(2),))
+    else:
+        layer.linear2 = nn.Sequential(nn.Hardtanh(inplace=True), layer.linear2)
+    layer(torch.randn(2, 8, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_a_result_that_hooks_have_stored_in_another_order():
+    x = torch.randn(40, 50, requires_grad=True)
+    strided = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.t().contiguous().t())
+    torch.manual_seed(0)
+    with strided:
+        element_dropout.call_after_relu(nn.Dropout(0.3), x).sum().backward()
+    found, x.grad = x.grad, None
+    torch.manual_seed(0)
+    element_dropout.call_after_relu(nn.Dropout(0.3), x).sum().backward()
+    assert torch.equal(found, x.grad)

@@ -272,3 +272,51 @@ def test_relu_overwrites_only_what_nobody_sees() -> None:
     x.grad = None
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, hooked_grad)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("norm", ["norm1", "norm2"])
+def test_parameters_of_a_norm_that_are_plain_attributes(norm: str, name: str) -> None:
+    """FSDP puts views of its flat parameter in the place of parameters."""
+    layer, x = random_layer(), torch.randn(2, 3, E)
+    expected = layer(x)
+    module = getattr(layer, norm)
+    tensor = getattr(module, name).detach()
+    delattr(module, name)
+    setattr(module, name, tensor)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_feed_forward_block_without_hidden_features(dtype: torch.dtype) -> None:
+    layer, x = (
+        TransformerEncoderLayer(E, HEADS, 0, batch_first=True, dtype=dtype).eval(),
+        torch.randn(2, 3, E).to(dtype),
+    )
+    with torch.enable_grad():
+        expected = layer(x).detach()
+    torch.testing.assert_close(layer(x), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("flag", ["no", 1, torch.tensor(True)])
+def test_a_flag_must_be_a_bool(flag: Any, grad: bool) -> None:
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="is_causal: expected a bool"):
+        random_layer()(torch.randn(2, 3, E), is_causal=flag)
+
+
+@torch.no_grad()
+def test_the_cpu_as_default_device_changes_nothing(attentions: list[str], products: list[str]) -> None:
+    layer, x = random_layer(), torch.randn(2, 3, E)
+    expected = layer(x)
+    calls = len(attentions), len(products)
+    with torch.device("cpu"):
+        assert torch.equal(layer(x), expected)
+    torch.set_default_device("cpu")
+    try:
+        assert torch.equal(layer(x), expected)
+    finally:
+        torch.set_default_device(None)
+    assert (len(attentions), len(products)) == (3 * calls[0], 3 * calls[1]) and calls[0] > 0

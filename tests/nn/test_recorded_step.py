@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import math
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fused_attn.backends import cpu
 from fused_attn.nn import (
@@ -53,21 +56,20 @@ def make_model(kind: type = Seq2SeqTransformer, seed: int = 0, **options) -> Seq
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets "record" whenever a step is recorded, and "run" whenever a recorded one runs."""
     events: list[str] = []
-    record = native_layer.record
+    record, run = native_layer.record, native_layer.RecordedStep.run
 
-    def counted_record(*args) -> Callable[[Tensor], Tensor] | None:
-        run = record(*args)
-        if run is None:
-            return None
-        events.append("record")
+    def counted_record(*args) -> native_layer.RecordedStep | None:
+        step = record(*args)
+        if step is not None:
+            events.append("record")
+        return step
 
-        def counted_run(tgt: Tensor) -> Tensor:
-            events.append("run")
-            return run(tgt)
-
-        return counted_run
+    def counted_run(step: native_layer.RecordedStep, tgt: Tensor) -> Tensor:
+        events.append("run")
+        return run(step, tgt)
 
     monkeypatch.setattr(native_layer, "record", counted_record)
+    monkeypatch.setattr(native_layer.RecordedStep, "run", counted_run)
     return events
 
 
@@ -375,13 +377,128 @@ def test_no_step_is_recorded_before_the_first_one() -> None:
     assert decoder.recorded_step(torch.randn(2, 1, 32), torch.randn(2, 5, 32), None, StaticKVCache(1, 8)) is None
 
 
+class Pair:
+    """A decoder with two caches that hold the same rows. A step is recorded with the second one."""
+
+    def __init__(self, rows: Tensor, batch: int = 4):
+        torch.manual_seed(0)
+        layer = TransformerDecoderLayer(32, 4, 48, batch_first=True)
+        self.decoder = TransformerDecoder(layer, 2, nn.LayerNorm(32)).eval()
+        self.memory = torch.randn(batch, 5, 32)
+        self.own, self.recorded = StaticKVCache(2, 8), StaticKVCache(2, 8)
+        for cache in (self.own, self.recorded):
+            self.decoder(rows, self.memory, cache=cache)
+        self.step = self.decoder.recorded_step(rows, self.memory, None, self.recorded)
+
+    def forward(self, row: Tensor) -> Tensor:
+        return self.decoder(row, self.memory, cache=self.own)
+
+
 @torch.no_grad()
-def test_a_full_cache_is_refused_by_the_recorded_step() -> None:
+def test_a_row_with_other_strides_is_read_in_every_step() -> None:
+    pair = Pair(torch.randn(32, 4).t()[:, None])
+    for row in torch.randn(3, 4, 1, 32):
+        torch.testing.assert_close(pair.step(row), pair.forward(row))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [lambda c: c.reorder(torch.tensor([1, 0, 3, 2])), lambda c: c.reserve(16)])
+def test_a_step_whose_buffers_were_replaced_calls_forward_and_warns_once(change: Callable[[Any], None]) -> None:
+    pair = Pair(torch.randn(4, 1, 32))
+    change(pair.own)
+    change(pair.recorded)
+    rows = torch.randn(2, 4, 1, 32)
+    with pytest.warns(UserWarning, match="record the step again"):
+        torch.testing.assert_close(pair.step(rows[0]), pair.forward(rows[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(pair.step(rows[1]), pair.forward(rows[1]))
+    assert pair.recorded.position.tolist() == [3] * 4
+
+
+def test_a_recorded_step_does_what_forward_does_with_gradients_and_modes() -> None:
+    with torch.no_grad():
+        pair = Pair(torch.randn(4, 1, 32))
+    with pytest.raises(ValueError, match="gradient"):
+        pair.forward(torch.randn(4, 1, 32).requires_grad_())
+    with pytest.raises(ValueError, match="gradient"):
+        pair.step(torch.randn(4, 1, 32).requires_grad_())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pair.step(torch.randn(4, 1, 32))
+    assert counter.get_total_flops() > 0
+    for call in (pair.forward, pair.step):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(ValueError, match=r"got torch\.bfloat16"),
+        ):
+            call(torch.randn(4, 1, 32))
+
+
+def test_a_step_recorded_in_inference_mode_works_outside() -> None:
+    with torch.inference_mode():
+        pair = Pair(torch.randn(4, 1, 32))
+    row = torch.randn(4, 1, 32)
+    outcomes = []
+    for call in (pair.forward, pair.step):
+        try:
+            with torch.no_grad():
+                outcomes.append(call(row))
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert type(outcomes[0]) is type(outcomes[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", [torch.randn(1, 1, 32), torch.randn(4, 1, 32).double(), torch.randn(32)])
+def test_a_row_of_another_kind_is_refused_as_by_forward(row: Tensor) -> None:
+    pair = Pair(torch.randn(4, 1, 32))
+    errors = []
+    for call in (pair.forward, pair.step):
+        with pytest.raises((AssertionError, RuntimeError, ValueError)) as caught:
+            call(row)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+@torch.no_grad()
+def test_a_failed_step_leaves_the_cache_as_it_was() -> None:
+    pair = Pair(torch.randn(4, 1, 32))
+    row = torch.randn(4, 1, 32)
+    handle = pair.decoder.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pair.step(row)
+    handle.remove()
+    torch.testing.assert_close(pair.step(row), pair.forward(row))
+    assert pair.recorded.position.tolist() == [2] * 4
+
+
+@torch.no_grad()
+def test_a_cache_of_another_decoder_is_refused() -> None:
+    pair = Pair(torch.randn(4, 1, 32))
+    row = torch.randn(4, 1, 32)
+    with pytest.raises(TypeError, match="cache: expected a KVCache, got NoneType"):
+        pair.decoder.recorded_step(row, pair.memory, None, None)
+    with pytest.raises(ValueError, match="cache: expected one for 2 layers, got one for 3"):
+        pair.decoder.recorded_step(row, pair.memory, None, StaticKVCache(3, 8))
+
+
+@torch.no_grad()
+def test_tokens_of_another_batch_than_the_cache_are_refused() -> None:
+    model = Seq2SeqTransformer(20, 20, d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=1).eval()
+    tokens, memory, cache = torch.randint(4, 20, (4, 1)), torch.randn(4, 5, 32), StaticKVCache(1, 8)
+    model.decode(tokens, memory, None, cache=cache)
+    with pytest.raises(ValueError, match="tgt: expected the batch size of the cache, 4, got 1"):
+        model.decode(tokens[:1], memory, None, cache=cache)
+
+
+@torch.no_grad()
+def test_a_full_cache_is_refused_by_the_recorded_step_as_by_forward() -> None:
     decoder = TransformerDecoder(TransformerDecoderLayer(32, 4, 48, batch_first=True), 1).eval()
     row, memory, cache = torch.randn(2, 1, 32), torch.randn(2, 5, 32), StaticKVCache(1, 3)
     decoder(row, memory, cache=cache)
     step = decoder.recorded_step(row, memory, None, cache)
     step(row)
     step(row)
-    with pytest.raises(IndexError, match="lengths: expected 0 to 2"):
+    with pytest.raises(ValueError, match="cache"):
         step(row)
