@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -138,4 +139,6 @@ def _tune(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command without an error
     sys.exit(main())

@@ -6,6 +6,9 @@ import contextlib
 import inspect
 import json
 import os
+import signal
+import subprocess
+import sys
 import types
 import warnings
 
@@ -45,6 +48,15 @@ def test_info_names_what_runs(capsys):
     assert cpu._C.cpu_isa() in text
     runs = fused_attn.info().backends["cpu float32"]
     assert runs["cpu"] == [] and runs["reference"] == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="needs a system with SIGPIPE")
+def test_a_reader_that_ends_early_is_no_error():
+    command = [sys.executable, "-m", "fused_attn", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGPIPE
 
 
 @pytest.mark.quick
