@@ -538,11 +538,13 @@ void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, co
 // The arguments of the decode kernels besides Params. Changes `p` where these kernels read what the caller has given,
 // and not what preparation kernels have made of it, and to the longest sequence that they compute.
 DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Params& p) {
-  p.logits.relative_bias = static_cast<const float*>(a.relative_bias.data);
-  p.logits.relative_bias_stride_head = a.relative_bias.stride_head;
   DecodeParams d{};
   p.splits = pieces.decode_splits;
   p.seqlen_q = std::min(p.seqlen_q, p.splits.most_queries);
+  // The kernels find diagonal 0 in column seqlen_q - 1. The bias of the caller has it in column a.seqlen_q - 1.
+  p.logits.relative_bias = static_cast<const float*>(a.relative_bias.data);
+  if (p.logits.relative_bias != nullptr) p.logits.relative_bias += a.seqlen_q - p.seqlen_q;
+  p.logits.relative_bias_stride_head = a.relative_bias.stride_head;
   d.row_tiles = static_cast<int32_t>(ceil_div(int64_t{p.seqlen_q} * p.group_size, kDecodeRows));
   d.padding = static_cast<const uint8_t*>(a.key_padding.data);
   d.padding_stride_batch = a.key_padding.stride_batch;
