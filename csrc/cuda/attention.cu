@@ -31,8 +31,8 @@ constexpr int64_t kBackwardL2Bytes = 12 << 20;
 // blocks, without a test for the end of the array.
 constexpr int64_t kLargestBlock = 256;
 
-// Hands out pieces of the workspace one after another, each aligned to 256 bytes. With a null pointer, a Workspace only
-// counts the bytes.
+// Hands out pieces of the workspace one after another, each a multiple of 256 bytes behind its start. With a null
+// pointer, a Workspace only counts the bytes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}

@@ -23,6 +23,9 @@ struct GradientSplits {
   int32_t dk = 1;  // and dv
 };
 
+// In bytes. The kernels copy pieces of the workspace in bulk, in groups of 16 bytes.
+constexpr int64_t kWorkspaceAlignment = 16;
+
 // One call of forward or backward: what to compute, and where to run.
 struct Call {
   AttentionParams params;
@@ -33,7 +36,7 @@ struct Call {
   GradientSplits gradient_splits;  // in backward
   int architecture = 80;           // the kernels of this architecture run: 80, or 90 for sm_90a
   int device = 0;                  // number of the CUDA device
-  void* workspace = nullptr;       // aligned to 256 bytes; its contents do not matter
+  void* workspace = nullptr;       // aligned to kWorkspaceAlignment; its contents do not matter
   int64_t workspace_bytes = 0;
   void* stream = nullptr;  // a cudaStream_t
 };
