@@ -667,10 +667,9 @@ int64_t workspace_bytes(WorkspaceNeeds needs) {
 std::string unusable_reason(int device) {
   try {
     const DeviceGuard guard(device);
-    return why_not_loadable(preparation_kernel<f16_t, kRowBlock>);
-  } catch (const OutOfMemory&) {
-    throw;
-  } catch (const std::runtime_error& error) {
+    check_loadable(preparation_kernel<f16_t, kRowBlock>);
+    return "";
+  } catch (const LastingError& error) {
     return error.what();
   }
 }

@@ -74,7 +74,7 @@ struct WorkspaceNeeds {
 int64_t workspace_bytes(WorkspaceNeeds needs);
 
 // Why no kernel can run on the CUDA device, for example because the driver is too old. Empty if kernels can run. Throws
-// OutOfMemory: a lack of memory says nothing about the next call.
+// OutOfMemory or another std::runtime_error for a cause that may pass, which says nothing about the next call.
 std::string unusable_reason(int device);
 
 // How the module was built: its version, its compiler, and the architectures of its kernels in CMake's notation, such

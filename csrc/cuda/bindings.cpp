@@ -217,7 +217,7 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       "unusable_reason", [](int device) { return gpu::call_unlocked([&] { return gpu::unusable_reason(device); }); },
       py::arg("device"),
       "Why no kernel can run on the CUDA device with this number; empty where they can. Raises "
-      "torch.OutOfMemoryError.");
+      "torch.OutOfMemoryError or RuntimeError for a cause that may pass.");
   module.def(
       "build_info",
       [] {
