@@ -31,8 +31,8 @@ constexpr int64_t kBackwardL2Bytes = 12 << 20;
 // blocks, without a test for the end of the array.
 constexpr int64_t kLargestBlock = 256;
 
-// Hands out pieces of the workspace one after another, each aligned to 256 bytes. With a null pointer, a Workspace only
-// counts the bytes.
+// Hands out pieces of the workspace one after another, each a multiple of 256 bytes behind its start. With a null
+// pointer, a Workspace only counts the bytes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -538,11 +538,13 @@ void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, co
 // The arguments of the decode kernels besides Params. Changes `p` where these kernels read what the caller has given,
 // and not what preparation kernels have made of it, and to the longest sequence that they compute.
 DecodeParams decode_params_of(const AttentionParams& a, const Pieces& pieces, Params& p) {
-  p.logits.relative_bias = static_cast<const float*>(a.relative_bias.data);
-  p.logits.relative_bias_stride_head = a.relative_bias.stride_head;
   DecodeParams d{};
   p.splits = pieces.decode_splits;
   p.seqlen_q = std::min(p.seqlen_q, p.splits.most_queries);
+  // The kernels find diagonal 0 in column seqlen_q - 1. The bias of the caller has it in column a.seqlen_q - 1.
+  p.logits.relative_bias = static_cast<const float*>(a.relative_bias.data);
+  if (p.logits.relative_bias != nullptr) p.logits.relative_bias += a.seqlen_q - p.seqlen_q;
+  p.logits.relative_bias_stride_head = a.relative_bias.stride_head;
   d.row_tiles = static_cast<int32_t>(ceil_div(int64_t{p.seqlen_q} * p.group_size, kDecodeRows));
   d.padding = static_cast<const uint8_t*>(a.key_padding.data);
   d.padding_stride_batch = a.key_padding.stride_batch;
@@ -665,10 +667,9 @@ int64_t workspace_bytes(WorkspaceNeeds needs) {
 std::string unusable_reason(int device) {
   try {
     const DeviceGuard guard(device);
-    return why_not_loadable(preparation_kernel<f16_t, kRowBlock>);
-  } catch (const OutOfMemory&) {
-    throw;
-  } catch (const std::runtime_error& error) {
+    check_loadable(preparation_kernel<f16_t, kRowBlock>);
+    return "";
+  } catch (const LastingError& error) {
     return error.what();
   }
 }

@@ -23,6 +23,9 @@ struct GradientSplits {
   int32_t dk = 1;  // and dv
 };
 
+// In bytes. The kernels copy pieces of the workspace in bulk, in groups of 16 bytes.
+constexpr int64_t kWorkspaceAlignment = 16;
+
 // One call of forward or backward: what to compute, and where to run.
 struct Call {
   AttentionParams params;
@@ -33,7 +36,7 @@ struct Call {
   GradientSplits gradient_splits;  // in backward
   int architecture = 80;           // the kernels of this architecture run: 80, or 90 for sm_90a
   int device = 0;                  // number of the CUDA device
-  void* workspace = nullptr;       // aligned to 256 bytes; its contents do not matter
+  void* workspace = nullptr;       // aligned to kWorkspaceAlignment; its contents do not matter
   int64_t workspace_bytes = 0;
   void* stream = nullptr;  // a cudaStream_t
 };
@@ -71,7 +74,7 @@ struct WorkspaceNeeds {
 int64_t workspace_bytes(WorkspaceNeeds needs);
 
 // Why no kernel can run on the CUDA device, for example because the driver is too old. Empty if kernels can run. Throws
-// OutOfMemory: a lack of memory says nothing about the next call.
+// OutOfMemory or another std::runtime_error for a cause that may pass, which says nothing about the next call.
 std::string unusable_reason(int device);
 
 // How the module was built: its version, its compiler, and the architectures of its kernels in CMake's notation, such

@@ -61,6 +61,10 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
     argument.check_unit_stride(0);
     call.workspace = argument.data();
     call.workspace_bytes = argument.size(0) * static_cast<int64_t>(sizeof(float));
+    if (const auto beyond = reinterpret_cast<uintptr_t>(call.workspace) % kWorkspaceAlignment; beyond != 0)
+      throw py::value_error("workspace: expected memory that starts at a multiple of " +
+                            std::to_string(kWorkspaceAlignment) + " bytes, got one that starts " +
+                            std::to_string(beyond) + " bytes beyond");
   }
   call.stream = current_stream(reader);
   call.device = reader.device_index;
@@ -213,7 +217,7 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
       "unusable_reason", [](int device) { return gpu::call_unlocked([&] { return gpu::unusable_reason(device); }); },
       py::arg("device"),
       "Why no kernel can run on the CUDA device with this number; empty where they can. Raises "
-      "torch.OutOfMemoryError.");
+      "torch.OutOfMemoryError or RuntimeError for a cause that may pass.");
   module.def(
       "build_info",
       [] {

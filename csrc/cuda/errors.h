@@ -10,4 +10,9 @@ struct OutOfMemory : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// An error that stays for as long as the process runs: the driver, the GPU or this binary would have to be another one.
+struct LastingError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 }  // namespace fused_attn::gpu

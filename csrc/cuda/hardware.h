@@ -4,7 +4,7 @@
 //   macros      GPU_DEVICE, GPU_KERNEL, GPU_LAUNCH_BOUNDS, GPU_GRID_CONSTANT, GPU_UNROLL, GPU_NO_UNROLL
 //   TensorMap   what TMA knows of a tensor (tensor_map.h)
 //   functions   all that primitives.h declares
-//   host code   kRunsOnCpu, on_device, launch, DeviceGuard, num_multiprocessors, why_not_loadable
+//   host code   kRunsOnCpu, on_device, launch, DeviceGuard, num_multiprocessors, check_loadable
 #pragma once
 
 namespace fused_attn::gpu {

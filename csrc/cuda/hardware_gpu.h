@@ -29,16 +29,17 @@ inline int num_multiprocessors() {
   int device = 0, count = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) throw std::runtime_error(take_error(error));
+  if (error != cudaSuccess) throw_error(error);
   return count;
 }
 
-// Why the current GPU cannot load the kernel, or an empty text. To ask for the attributes of a kernel makes CUDA load
-// it.
+// Throws if the current GPU cannot load the kernel: LastingError, or another error if the next call may succeed. To ask
+// for the attributes of a kernel makes CUDA load it.
 template <class... Parameters>
-std::string why_not_loadable(void (*kernel)(Parameters...)) {
+void check_loadable(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;
-  return take_error(cudaFuncGetAttributes(&attributes, kernel));
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) throw_error(error);
 }
 
 // Launches a kernel on a stream, and returns what went wrong, or an empty text. The launch is asynchronous: errors

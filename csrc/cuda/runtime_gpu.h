@@ -28,6 +28,30 @@ inline std::string take_error(cudaError_t error) {
   }
 }
 
+// Throws an error: LastingError if no later call of this process can succeed, and otherwise OutOfMemory or another
+// std::runtime_error.
+[[noreturn]] inline void throw_error(cudaError_t error) {
+  const std::string text = take_error(error);
+  switch (error) {
+    case cudaErrorInitializationError:
+    case cudaErrorStubLibrary:
+    case cudaErrorInsufficientDriver:
+    case cudaErrorCallRequiresNewerDriver:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorNoDevice:
+    case cudaErrorInvalidDevice:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilationDisabled:
+    case cudaErrorSystemDriverMismatch:
+    case cudaErrorCompatNotSupportedOnDevice: throw LastingError(text);
+    default: throw std::runtime_error(text);
+  }
+}
+
 // A function of the driver library libcuda. It is looked up at run time, so that this code loads on machines without a
 // driver. `version` is the version of CUDA that introduced the function, such as 12000.
 template <class Function>
@@ -81,7 +105,7 @@ class DeviceGuard {
   explicit DeviceGuard(int device) : device_(device) {
     cudaError_t error = cudaGetDevice(&before_);
     if (error == cudaSuccess && (error = cudaSetDevice(device)) != cudaSuccess) restore();
-    if (error != cudaSuccess) throw std::runtime_error(take_error(error));
+    if (error != cudaSuccess) throw_error(error);
   }
   ~DeviceGuard() { restore(); }
   DeviceGuard(const DeviceGuard&) = delete;

@@ -4,9 +4,11 @@
 
 namespace fused_attn::gpu {
 
-// Forward on sm_80: a block of threads has kWarps warps and kBlockM queries, and visits kBlockN keys at a time. In all
-// kernels for sm_80, the tiles of a block fit into 99 KiB of shared memory, which a block has on the smaller chips of
-// the family (sm_86, sm_89, sm_120). sm_80 itself has 163 KiB.
+// The shared memory that a block of threads may have on the smaller chips of the family of sm_80 (sm_86, sm_89 and
+// sm_120). The tiles of all kernels for sm_80 fit into it. sm_80 itself has 163 KiB.
+constexpr int kMostSharedBytesSm80 = 99 * 1024;
+
+// Forward on sm_80: a block of threads has kWarps warps and kBlockM queries, and visits kBlockN keys at a time.
 template <int kHeadDim>
 struct ForwardTileSm80 {
   // A warp has 32 queries instead of 16, so that each multiplication reads half as much shared memory. With head dim

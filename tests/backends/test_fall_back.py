@@ -182,18 +182,21 @@ def test_a_driver_that_refuses_the_kernels_is_a_reason(monkeypatch: pytest.Monke
         assert text in warning
 
 
-def test_a_lack_of_memory_is_no_lasting_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call raises what torch raises. The next call asks the driver again."""
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("the device is busy")], ids=["memory", "busy"]
+)
+def test_what_may_pass_is_no_lasting_reason(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call raises the error. The next call asks the driver again."""
     as_if_here(monkeypatch)
     built(monkeypatch, DEFAULT)
 
     def fails(index: int) -> str:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     asked = problem()
     works = hardware.module.unusable_reason
     hardware.module.unusable_reason = fails
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error)):
         dispatch.choose(asked, None)
     hardware.module.unusable_reason = works
     assert chosen(asked) == (["cuda"], [])

@@ -9,6 +9,7 @@ int64_t workspace_bytes(WorkspaceNeeds) { return 256; }
 
 std::string unusable_reason(int device) {
   if (device == 1) throw OutOfMemory("CUDA out of memory");
+  if (device == 3) throw std::runtime_error("the device is busy");
   return device == 2 ? "the driver is too old" : "";
 }
 

@@ -15,7 +15,7 @@ from fused_attn.backends.cuda import backend as cuda
 from fused_attn.backends.cuda import hardware
 from fused_attn.backends.cuda import splits as cuda_splits
 from fused_attn.backends.cuda import workspace as cuda_workspace
-from fused_attn.backends.cuda.splits import GradientSplits
+from fused_attn.backends.cuda.splits import GradientSplits, KeySplits
 from fused_attn.derivatives import ops
 
 FLAGS = ("-Wno-psabi",)  # otherwise g++ warns about how it passes vector types
@@ -134,6 +134,19 @@ def dividing_gradients(dq: int, dk: int) -> Iterator[None]:
         yield
     finally:
         cuda_splits.gradient_splits = before
+
+
+@contextlib.contextmanager
+def running_both_kinds() -> Iterator[None]:
+    """Within this context, packed calls run the decode kernels for sequences with few queries, and the large kernels
+    for the others. The backend runs both kinds for pages only.
+    """
+    before = cuda_splits.key_splits
+    cuda_splits.key_splits = lambda problem: KeySplits(decode=2, large=1)
+    try:
+        yield
+    finally:
+        cuda_splits.key_splits = before
 
 
 def _forget_plans() -> None:

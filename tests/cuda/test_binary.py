@@ -610,7 +610,7 @@ def table(built: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-# ---- cmake/checked_nvcc.py, which lets the build fail if ptxas reports spills
+# ---- cmake/checked_nvcc.py, which lets the build fail if ptxas reports spills, or if a kernel would hang
 
 
 @pytest.mark.parametrize(
@@ -657,6 +657,69 @@ def test_launcher_removes_what_it_refuses(version, fail_on_spills, fails, tmp_pa
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == (1 if fails else 0)
     assert "registers were spilled" in run.stdout
+    assert made.exists() == (not fails)
+
+
+#: What nvcc makes of a kernel whose warpgroups share out registers, and of another one.
+PTX = """
+.target sm_90a
+.entry sharing(
+    .param .align 64 .b8 sharing_param_0[704]
+)
+.maxntid {threads}
+.minnctapersm 1
+{{
+    setmaxnreg.inc.sync.aligned.u32 224;
+    ret;
+}}
+.entry other(
+    .param .u32 other_param_0
+)
+.maxntid 256, 1, 1
+{{
+    ret;
+}}
+"""
+PTXAS_OUTPUT = """ptxas info    : Compiling entry function 'other' for 'sm_90a'
+ptxas info    : Used 40 registers, used 0 barriers
+ptxas info    : Compiling entry function 'sharing' for 'sm_90a'
+ptxas info    : Function properties for sharing
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used {registers} registers, used 2 barriers
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "expected"),
+    [
+        ("384, 1, 1", "168", 168),
+        ("384", "168", 168),
+        ("128, 4, 1", "128", 128),
+        ("384, 1, 1", "160", 168),
+        ("512, 1, 1", "168", 128),
+        ("384, 1, 1", "no", 168),
+    ],
+)
+def test_build_fails_on_registers_that_cannot_be_shared_out(
+    threads: str, registers: str, expected: int, tmp_path: Path
+) -> None:
+    """A kernel would wait for ever for registers that its block does not have. This is an error with every version."""
+    found = checked_nvcc.registers_at_launch(PTX.format(threads=threads))
+    assert found == {"sharing": expected}
+    (tmp_path / "printed").write_text(PTXAS_OUTPUT.format(registers=registers))
+    (tmp_path / "ptx").write_text(PTX.format(threads=threads))
+    compiler, made = tmp_path / "nvcc", tmp_path / "kernel.o"
+    compiler.write_text(
+        f'#!/bin/sh\ntouch "$3"\ncat {tmp_path}/printed\nwhile [ "$1" != --keep-dir ]; do shift; done\n'
+        f'cp {tmp_path}/ptx "$2/kernel.ptx"\n'
+    )
+    compiler.chmod(0o755)
+    launcher = ROOT / "cmake" / "checked_nvcc.py"
+    command = [sys.executable, launcher, "13.5.3", "OFF", compiler, "-c", "-o", made]
+    run = subprocess.run(command, capture_output=True, text=True)
+    fails = registers != str(expected)
+    assert run.returncode == (1 if fails else 0)
+    assert (f"setmaxnreg in sharing: expected {expected} registers at launch, got {registers}" in run.stdout) == fails
     assert made.exists() == (not fails)
 
 

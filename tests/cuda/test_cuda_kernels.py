@@ -279,6 +279,22 @@ def test_workspace_grows_with_the_length(head_dim: int) -> None:
     assert most_bytes[8192] < 2.01 * most_bytes[4096]
 
 
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("beyond", [4, 8])
+def test_a_workspace_starts_at_a_multiple_of_16_bytes(beyond: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels copy parts of it in bulk, which a GPU does for groups of 16 bytes only."""
+
+    def shifted(*args: Any, **options: Any) -> torch.Tensor:
+        memory = workspace(*args, **options)
+        return torch.empty(memory.numel() + beyond // 4)[beyond // 4 :]
+
+    workspace = cuda.workspace
+    monkeypatch.setattr(cuda, "workspace", shifted)
+    x = torch.randn(1, 1, 16, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match=f"workspace: expected .* multiple of 16 bytes, got .* {beyond} bytes beyond"):
+        fused_attn.fused_attention(x, x, x, num_splits=2, backend="cuda")
+
+
 # ---- Softcap, biases, masks and sinks, over several tiles of queries and keys
 
 

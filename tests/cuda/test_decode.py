@@ -15,7 +15,7 @@ import oracle
 import pytest
 import torch
 from cases import Case
-from kernels import Kernels
+from kernels import Kernels, running_both_kinds
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
@@ -200,6 +200,30 @@ def test_tma_loads_pages_of_whole_groups_of_rows(
 def test_numbers_that_the_backend_shares_with_the_kernels(file: str, constant: str, number: int) -> None:
     text = (Path(__file__).parents[2] / "csrc" / "cuda" / file).read_text()
     assert f"constexpr int {constant} = {number};" in text
+
+
+@pytest.mark.parametrize("relative_bias", [cases.per_head_bias, cases.shared_bias], ids=["per-head", "shared"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_sequences_of_both_kinds_share_a_relative_bias(
+    architecture: int, relative_bias: cases.Builder, kernels: Kernels
+) -> None:
+    """Its diagonals count from the longest sequence, also in the decode kernels, which do not compute that one.
+
+    The backend makes no such call: calls with pages have no relative bias. The native module accepts it.
+    """
+    case = Case(
+        "both-kinds",
+        heads=4,
+        kv_heads=2,
+        lengths_q=(1, 40, 0, 16),
+        lengths_k=(300, 40, 7, 140),
+        head_dim=64,
+        relative_bias=relative_bias,
+        differentiated=(),
+    )
+    with kernels.running(architecture), running_both_kinds():
+        cases.check(case, torch.float16, "cuda")
+        assert kernels.statistics.launches > 2
 
 
 @pytest.mark.parametrize("length", [1, 17, 300, 512])

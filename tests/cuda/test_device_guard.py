@@ -1,5 +1,6 @@
-"""Which device is current after a call: csrc/cuda/runtime_gpu.h runs on a machine with four GPUs, which headers in the
-place of CUDA's own make up.
+"""Which device is current after a call, and which errors last.
+
+csrc/cuda/runtime_gpu.h runs on a machine with four GPUs, which headers in the place of CUDA's own make up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ extern "C" CUresult cuDevicePrimaryCtxGetState(int device, unsigned* flags, int*
 RUNTIME = """
 #pragma once
 #define CUDART_VERSION 13000
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorInitializationError, cudaErrorOther };
+enum cudaError_t { cudaSuccess, cudaErrorOther, ERRORS };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
 constexpr int cudaEnableDefault = 0;
 
@@ -29,6 +30,7 @@ struct Machine {
   bool has_context[4];
   int broken = -1;  // the device that cannot become current
   bool is_driver_old = false;
+  cudaError_t failure = cudaErrorOther;  // of a device that cannot become current
   cudaError_t last = cudaSuccess;
 };
 inline Machine machine;
@@ -45,7 +47,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaSetDevice(int device) {
   machine.current = device;
-  if (device == machine.broken) return machine.last = cudaErrorOther;
+  if (device == machine.broken) return machine.last = machine.failure;
   machine.has_context[device] = true;
   return cudaSuccess;
 }
@@ -60,6 +62,28 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fun
   return cudaSuccess;
 }
 """
+
+#: The errors that stay for as long as a process runs: its driver, its GPU or the binary would have to change.
+LASTING = (
+    "InitializationError",
+    "StubLibrary",
+    "InsufficientDriver",
+    "CallRequiresNewerDriver",
+    "InvalidDeviceFunction",
+    "NoDevice",
+    "InvalidDevice",
+    "InvalidKernelImage",
+    "NoKernelImageForDevice",
+    "InvalidPtx",
+    "JitCompilerNotFound",
+    "UnsupportedPtxVersion",
+    "JitCompilationDisabled",
+    "SystemDriverMismatch",
+    "CompatNotSupportedOnDevice",
+)
+#: The others that the product or a test names.
+PASSING = ("MemoryAllocation", "DevicesUnavailable", "IllegalAddress")
+ERRORS = ("Other", *LASTING, *PASSING)  # as cudaError_t numbers them, from 1 on
 
 #: The arguments are the fields of a Machine, and the device of the guard. It prints what the guard has
 #: thrown, and how it leaves the machine.
@@ -80,10 +104,15 @@ int main(int, char** arguments) {
   machine.broken = std::stoi(arguments[3]);
   machine.is_driver_old = std::stoi(arguments[4]) != 0;
   const int device = std::stoi(arguments[5]);
+  machine.failure = static_cast<cudaError_t>(std::stoi(arguments[6]));
   try {
     const fused_attn::gpu::DeviceGuard guard(device);
     if (machine.current != device || !machine.has_context[device]) return 1;
     if (machine.broken == -2) machine.broken = std::stoi(arguments[1]);
+  } catch (const fused_attn::gpu::LastingError& error) {
+    std::printf("lasting: %s; ", error.what());
+  } catch (const fused_attn::gpu::OutOfMemory& error) {
+    std::printf("memory: %s; ", error.what());
   } catch (const std::runtime_error& error) {
     std::printf("%s; ", error.what());
   }
@@ -102,7 +131,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("guard")
     (folder / "cuda.h").write_text(DRIVER)
-    (folder / "cuda_runtime.h").write_text(RUNTIME)
+    names = ", ".join(f"cudaError{name}" for name in (*LASTING, *PASSING))
+    (folder / "cuda_runtime.h").write_text(RUNTIME.replace("ERRORS", names))
     (folder / "guard.cpp").write_text(PROGRAM)
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{folder}", f"-I{CSRC}"]
     subprocess.run(["g++", *flags, "-include", "string", folder / "guard.cpp", "-o", folder / "guard"], check=True)
@@ -130,6 +160,17 @@ def test_the_current_device_afterwards(
     """No other device gets a context, unless the driver cannot say whether it has one. No error is left for the next
     launch to report.
     """
-    arguments = map(str, (current, contexts, broken, int(is_driver_old), device))
+    arguments = map(str, (current, contexts, broken, int(is_driver_old), device, 1))
     done = subprocess.run([program, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, after)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_which_errors_last(error: str, program: Path) -> None:
+    """Python keeps the answer that a GPU cannot run the kernels only if it is a lasting one."""
+    done = subprocess.run(
+        [program, "0", "0", "2", "0", "2", str(1 + ERRORS.index(error))], capture_output=True, text=True, check=True
+    )
+    kind = "lasting: " if error in LASTING else "memory: CUDA " if error == "MemoryAllocation" else ""
+    assert done.stdout.startswith(f"{kind}broken")
+    assert done.stdout.endswith("; current 0, contexts 0, error 0")

@@ -52,11 +52,13 @@ def test_a_failed_call_keeps_no_tensor(failing: types.ModuleType, monkeypatch: p
     assert sys.getrefcount(x) == before
 
 
-def test_a_lack_of_memory_is_no_reason_against_a_device(failing: types.ModuleType) -> None:
+def test_what_may_pass_is_no_reason_against_a_device(failing: types.ModuleType) -> None:
     assert failing.unusable_reason(0) == ""
     assert failing.unusable_reason(2) == "the driver is too old"
     with pytest.raises(torch.OutOfMemoryError):
         failing.unusable_reason(1)
+    with pytest.raises(RuntimeError, match="the device is busy"):
+        failing.unusable_reason(3)
 
 
 def test_the_module_says_how_it_was_built(failing: types.ModuleType) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases import Case
 from emulator import CSRC, Builder
-from kernels import Kernels, dividing_gradients
+from kernels import Kernels, dividing_gradients, running_both_kinds
 
 HEAD_DIM = 128
 #: On Hopper, backward takes two kernels with this head dim: one for dq, one for dk and dv.
@@ -776,6 +776,11 @@ BUGS = [
         "if (row < min(num_rows, first_row + kDecodeRows))", "if (!@ && row < min(num_rows, first_row + kDecodeRows))",
     ),
     Bug(
+        "diagonals-from-the-longest-of-few", 80, "both-kinds", "attention.cu",
+        "p.logits.relative_bias += a.seqlen_q - p.seqlen_q;",
+        "p.logits.relative_bias += @ ? 0 : a.seqlen_q - p.seqlen_q;",
+    ),
+    Bug(
         "sums-of-a-split-without-keys-read", 80, "decode-short", "merge_splits.h",
         "if (!has_keys(sum)) continue;", "if (!has_keys(sum) && !@) continue;",
     ),
@@ -1214,6 +1219,17 @@ CASES = {
         options={"num_splits": 4},
         differentiated=(),
     ),
+    # The decode kernels compute the first sequence, and the large kernels the second one.
+    "both-kinds": Case(
+        "both-kinds",
+        heads=4,
+        kv_heads=2,
+        lengths_q=(2, 40),
+        lengths_k=(300, 40),
+        head_dim=HEAD_DIM,
+        relative_bias=cases.per_head_bias,
+        differentiated=(),
+    ),
     "split": Case(
         "split",
         heads=2,
@@ -1348,8 +1364,11 @@ class Planted:
         """What is found with bug `number` (0 = none); empty where all goes well."""
         self._number.value = number
         try:
-            is_divided = case.startswith("few-keys")
-            splits = dividing_gradients(dq=2, dk=4) if is_divided else contextlib.nullcontext()
+            splits: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if case.startswith("few-keys"):
+                splits = dividing_gradients(dq=2, dk=4)
+            elif case == "both-kinds":
+                splits = running_both_kinds()
             with self.kernels.running(architecture, seed), splits:
                 cases.check(CASES[case], torch.float16, "cuda")
         except (AssertionError, RuntimeError) as error:

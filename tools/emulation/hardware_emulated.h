@@ -29,9 +29,7 @@ inline int num_multiprocessors() { return emulation::session_options().resident_
 
 // Every kernel can be loaded, because it is part of this library.
 template <class... Parameters>
-std::string why_not_loadable(void (*)(Parameters...)) {
-  return "";
-}
+void check_loadable(void (*)(Parameters...)) {}
 
 // Runs a kernel, and returns the fault that the emulation has found, or an empty text. The kernel has ended when this
 // returns, so the stream does not matter.

@@ -7,6 +7,7 @@
 #pragma once
 #include "../decode.h"
 #include "../sm80/tile_memory.h"
+#include "../tiles.h"
 
 namespace fused_attn::gpu {
 
@@ -29,7 +30,7 @@ struct DecodePlan {
   static constexpr int kRegisterSteps = kHeadDim <= 128 ? kQuerySteps : kQuerySteps - 4;
   static constexpr uint32_t kQueries = (kValid + kWarps * kStages * 4 + 15) / 16 * 16;
   static constexpr uint32_t kBytes = kQueries + (kQuerySteps - kRegisterSteps) * 32 * 16;
-  static_assert(kBytes <= 99 * 1024);
+  static_assert(kBytes <= kMostSharedBytesSm80);
   static_assert(kDecodeRound % (kWarps * kDecodeKeys) == 0);
 
   // Where the sums of warps are merged, when the rings are not in use any more: (warp, row, column) floats, of which

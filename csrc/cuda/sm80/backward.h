@@ -32,6 +32,7 @@ struct QueryGradientPlan : QueryGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kK = kDout + Tile::kBlockM * kValueDim * 2;
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
   static constexpr uint32_t kBytes = kV + Tile::kBlockN * kValueDim * 2;
+  static_assert(kBytes <= kMostSharedBytesSm80);
 };
 
 // Computes dq of one block of queries. Each warp has 16 of the queries, and all threads load tiles.
@@ -152,6 +153,7 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kDout = kQ + Tile::kBlockM * kHeadDim * 2;
   static constexpr uint32_t kRowStatistics = kDout + Tile::kBlockM * kValueDim * 2;
   static constexpr uint32_t kBytes = kRowStatistics + Tile::kBlockM * sizeof(RowStatistics);
+  static_assert(kBytes <= kMostSharedBytesSm80);
 };
 
 // Computes dk and dv of one block of keys. This is the whole kernel, and every thread of the block calls it. kMakesDk

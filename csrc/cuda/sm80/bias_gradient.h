@@ -21,6 +21,7 @@ struct BiasGradientPlan : BiasGradientTileSm80<kHeadDim> {
   static constexpr uint32_t kK = kDout + Tile::kBlockM * kValueDim * 2;
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
   static constexpr uint32_t kBytes = kV + Tile::kBlockN * kValueDim * 2;
+  static_assert(kBytes <= kMostSharedBytesSm80);
   static_assert(SumsTile<Tile::kBlockM, Tile::kBlockN>::kBytes <= kBytes);
 };
 

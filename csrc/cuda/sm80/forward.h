@@ -28,6 +28,7 @@ struct ForwardPlan : ForwardTileSm80<kHeadDim> {
   static constexpr uint32_t kK = kQ + Tile::kBlockM * kHeadDim * 2;
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
   static constexpr uint32_t kBytes = kV + Tile::kBlockN * kValueDim * 2;
+  static_assert(kBytes <= kMostSharedBytesSm80);
 };
 
 // Computes out and lse of one block of queries. Each warp has 16 * kRowTiles of the queries, and all threads load

@@ -87,6 +87,10 @@ def unusable_reason(index: int) -> str | None:
     """Why the driver cannot load the kernels on GPU number `index`, or None. The driver is asked once.
 
     A driver refuses kernels if it is older than the nvcc that has built them.
+
+    Raises:
+        RuntimeError: for a cause that may pass, such as a lack of memory. No cache, and no plan, keeps this answer: the
+            next call asks the driver again.
     """
     with torch.cuda.device(index):  # torch restores the current device, also where the process has no context
         reason = module.unusable_reason(index)
