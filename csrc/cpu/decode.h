@@ -109,11 +109,21 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
   }
 }
 
+// Whether `count` numbers, whole vectors, are finite.
+template <class Lane>
+bool are_finite(const Lane* numbers, int64_t count) {
+  Vec<Lane> sum = {};
+  for (int64_t i = 0; i < count; i += kLanes<Lane>) sum += load<Lane>(numbers + i) * Lane(0);
+  const Lane total = sum_lanes<Lane>(sum);
+  return total == 0;
+}
+
 // Processes one work item: attention of all queries of its groups over the keys of its split. Writes the result to
 // `partials`, or, if there is one split, the output.
 template <class Policy>
 void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKeys* valid_keys, const DecodeItem& item,
-                 const DecodeScratch<Policy>& s, DecodePartials<typename Policy::Lane> partials) {
+                 const DecodeScratch<Policy>& s, const DecodePartials<typename Policy::Lane>& all_partials,
+                 bool may_use_tiles = true) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
@@ -126,10 +136,11 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
   const int head_dim = static_cast<int>(p.head_dim);
   const int64_t query_row = round_up(Policy::lanes_for(head_dim), n);
   const int64_t group_rows = plan.heads * nq;
-  const bool uses_tiles = Policy::kUsesAmx && group_rows >= kLeastTileRows;
+  const bool uses_tiles = Policy::kUsesAmx && may_use_tiles && group_rows >= kLeastTileRows;
   const int64_t rows = item.groups * group_rows;
   // Row r of the item is query r % nq of head first_head + r / nq.
   int64_t first_row = plan.row(p, seq, item.split, b, first_head, 0);
+  DecodePartials<Lane> partials = all_partials;
   if (plan.splits == 1) {
     partials = s.partials;
     partials.first_row = first_row;
@@ -170,27 +181,20 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
           for (int64_t group = turn; group < turn_end; ++group) visit(k, count, group);
         }
       };
-      // What is brought into the cache next: beside the keys of a group their values, and beside the values the keys of
-      // the next turn. Where the next turn has no such group, the group of the first turn is brought, of the next
-      // block. So after the last turn all groups of the first one have been brought.
       const auto values_of = [&](int k, int64_t group) {
         return HeadRows<Storage>{block->value_rows + k, group * p.value.stride_head};
-      };
-      const auto next_keys = [&](int k, int64_t group) -> HeadRows<Storage> {
-        const int64_t next = group + plan.turn_groups;
-        if (next < item.groups) return {block->key_rows + k, next * p.key.stride_head};
-        if (has_block) return {next_block->key_rows + k, (group - turn) * p.key.stride_head};
-        return {};
       };
       if constexpr (Policy::kUsesAmx) {
         if (uses_tiles) {
           using Prefetcher = TurnPrefetcher<Storage>;
-          const int64_t groups = turn_end - turn;
-          const auto prefetcher = [&](HeadRows<Storage> rows, int64_t stride_head, int dim, int64_t calls) {
-            if (!plan.exceeds_cache || rows.rows == nullptr) return Prefetcher();
+          const auto prefetcher = [&](HeadRows<Storage> rows, int64_t stride_head, int64_t groups, int dim,
+                                      int64_t calls) {
+            if (!plan.exceeds_cache || rows.rows == nullptr || calls == 0) return Prefetcher();
             return Prefetcher(rows, stride_head, groups, keys.count, plan.part_keys, dim, calls);
           };
-          Prefetcher values = prefetcher(values_of(0, turn), p.value.stride_head, static_cast<int>(p.value_dim),
+          // Beside the keys, the values of the turn are brought into the cache.
+          const int64_t groups = turn_end - turn;
+          Prefetcher values = prefetcher(values_of(0, turn), p.value.stride_head, groups, static_cast<int>(p.value_dim),
                                          groups * s.tiles.multiply_calls(keys.count, group_rows) + turn_rows);
           visit_groups([&](int k, int count, int64_t group) {
             s.tiles.multiply(group, group_rows, {block->key_rows + k, group * p.key.stride_head}, count, head_dim,
@@ -205,7 +209,12 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
             s.tiles.split_probs(keys.count, scores, row / group_rows, row % group_rows);
             values.next();
           }
-          Prefetcher following = prefetcher(next_keys(0, turn), p.key.stride_head, head_dim,
+          // Beside the values, the keys of the next turn are, which may be the first one of the next block.
+          const bool is_last = turn_end == item.groups;
+          const int64_t next = is_last ? 0 : turn_end;
+          const Storage* const* next_rows = !is_last ? block->key_rows : has_block ? next_block->key_rows : nullptr;
+          Prefetcher following = prefetcher({next_rows, next * p.key.stride_head}, p.key.stride_head,
+                                            std::min(plan.turn_groups, item.groups - next), head_dim,
                                             groups * s.tiles.sum_calls(keys.count, group_rows));
           visit_groups([&](int k, int count, int64_t group) {
             s.tiles.sum_values(values_of(k, group), group - turn, group_rows, k, count, static_cast<int>(p.value_dim),
@@ -228,7 +237,15 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
           });
         });
       };
-      // The first pass of a group brings what is read next.
+      // The first pass of a group brings what is read next into the cache: beside the keys their values, and beside the
+      // values the keys of the next turn. Where the next turn has no such group, the group of the first turn is
+      // brought, of the next block. So after the last turn all groups of the first one have been brought.
+      const auto next_keys = [&](int k, int64_t group) -> HeadRows<Storage> {
+        const int64_t next = group + plan.turn_groups;
+        if (next < item.groups) return {block->key_rows + k, next * p.key.stride_head};
+        if (has_block) return {next_block->key_rows + k, (group - turn) * p.key.stride_head};
+        return {};
+      };
       const auto prefetches = [&](int64_t row) { return plan.exceeds_cache && row % group_rows == 0; };
       visit_parts([&](int k, int count, int64_t group, int64_t row, auto queries) {
         const HeadRows<Storage> key_rows = {block->key_rows + k, group * p.key.stride_head};
@@ -252,6 +269,11 @@ void decode_item(const AttentionParams& p, const DecodePlan& plan, const ValidKe
       });
     }
     std::swap(block, next_block);
+  }
+  // Tiles multiply an infinite value by both parts of a prob, one of which may be zero or negative. So the sum may be
+  // NaN where vectors find infinity.
+  if (uses_tiles && !are_finite<Lane>(partials.acc + first_row * plan.value_row, rows * plan.value_row)) {
+    return decode_item<Policy>(p, plan, valid_keys, item, s, all_partials, /*may_use_tiles=*/false);
   }
   for (int64_t r = 0; r < rows; ++r) partials.row_sum[first_row + r] = sum_lanes<Lane>(s.row_sum[r]);
   if (plan.splits > 1) return;

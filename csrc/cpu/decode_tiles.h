@@ -8,14 +8,10 @@
 // A tile of probs has the two bfloat16 of 8 rows, so for up to 8 rows one multiplication sums both.
 #pragma once
 #include "amx.h"
-#include "decode_block.h"
+#include "decode_plan.h"
 
 namespace fused_attn::cpu {
 namespace {
-
-// The rows of a group from which on tiles multiply. With two rows, vectors took 0.8 of the time of tiles over 64k keys,
-// and as long over 256. With three, tiles took 0.95 and 0.75 of the time of vectors.
-constexpr int64_t kLeastTileRows = 3;
 
 // Prefetches the rows of the groups of a turn in the order in which the turn reads them, a few cache lines at a time.
 // Memory delivers a line in the time of some ten cycles and holds few requests, so these are best spread over all that
@@ -30,7 +26,8 @@ class TurnPrefetcher {
   TurnPrefetcher() = default;
 
   // `count` rows of `dim` elements for each of `groups` groups, `part_keys` at a time; see groups_of_turn. The rows of
-  // a group are `stride_head` elements from those of the one before. next() will be called about `calls` times.
+  // a group are `stride_head` elements from those of the one before. next() will be called about `calls` times, which
+  // must be positive.
   TurnPrefetcher(HeadRows<Storage> rows, int64_t stride_head, int64_t groups, int count, int part_keys, int dim,
                  int64_t calls)
       : rows_(rows.rows),
@@ -86,19 +83,18 @@ struct DecodeTiles<Policy, true> {
   using Storage = typename Policy::Storage;
   using Prefetcher = TurnPrefetcher<Storage>;
 
-  static constexpr int kStep = 32;                     // what a multiplication sums over: columns of a key, or keys
-  static constexpr int kProbRows = 8;                  // of a tile of probs
-  static constexpr int kTiles = 4;                     // so many tiles of sums are in registers at a time
-  static constexpr int kTileKeys = kTiles * kAmxRows;  // the keys whose scores are in registers at a time
-  static constexpr int kColumns = kTiles * kAmxLanes;  // the most columns of values that are interleaved at a time
+  static constexpr int kStep = 32;                         // what a multiplication sums over: columns of a key, or keys
+  static constexpr int kProbRows = 8;                      // of a tile of probs
+  static constexpr int kTiles = kTilePartKeys / kAmxRows;  // so many tiles of sums are in registers at a time
+  static constexpr int kColumns = kTiles * kAmxLanes;      // the most columns of values that are interleaved at a time
 
   int steps;           // of a row of a key
-  int row_tiles;       // of a group of the longest sequence
+  int row_tiles;       // of 16 rows, of a group of the longest sequence
   int64_t value_row;   // floats of a row of sums
   char* queries;       // [group][tile of 16 rows][step]: tiles of pairs of columns, which are zero behind the last one
   Storage* keys;       // [key of a pass][step * 32]: copies of rows that tiles cannot read
   float* products[2];  // [key][16 rows], of a pass and of the next one
-  int prob_tiles;      // the same of probs
+  int prob_tiles;      // of 8 rows, of a group of the longest sequence
   Storage* probs;    // [group of a turn][tile of 8 rows][step of 32 keys]: tiles, with the first part of all rows first
   float* values[2];  // [16 pairs of keys][kColumns]: pairs of neighbouring values, of a step and of the next one
   float* sums;       // [group of a turn][tile of 8 rows][part][row of the tile][value_row]
@@ -111,8 +107,8 @@ struct DecodeTiles<Policy, true> {
     prob_tiles = static_cast<int>(round_up(group_rows, kProbRows) / kProbRows);
     value_row = round_up(p.value_dim, kColumns);
     queries = arena.take<char>(groups * group_bytes());
-    keys = arena.take<Storage>(kTileKeys * steps * kStep);
-    for (float*& tiles : products) tiles = arena.take<float>(kTileKeys * kAmxRows);
+    keys = arena.take<Storage>(kTilePartKeys * steps * kStep);
+    for (float*& tiles : products) tiles = arena.take<float>(kTilePartKeys * kAmxRows);
     probs = arena.take<Storage>(turn_groups * group_probs());
     for (float*& step : values) step = arena.take<float>(kStep / 2 * kColumns);
     sums = arena.take<float>(turn_groups * group_sums());
@@ -127,7 +123,8 @@ struct DecodeTiles<Policy, true> {
 
   // How often multiply, and sum_values, call prefetcher.next() for a part of `count` keys.
   int64_t multiply_calls(int count, int64_t rows) const {
-    return round_up(count, kTileKeys) / kTileKeys * (round_up(rows, kAmxRows) / kAmxRows) * (steps * kTiles + kTiles);
+    return round_up(count, kTilePartKeys) / kTilePartKeys * (round_up(rows, kAmxRows) / kAmxRows) *
+           (steps * kTiles + kTiles);
   }
   int64_t sum_calls(int count, int64_t rows) const {
     const int64_t tiles = round_up(rows, kProbRows) / kProbRows;
@@ -149,23 +146,25 @@ struct DecodeTiles<Policy, true> {
                             float scale, float* scores, Prefetcher& prefetcher) const {
     const char* const right = queries + group * group_bytes();
     KeyTile tiles[kTiles];
-    // A pass is kTileKeys keys and 16 rows. The next pass is multiplied before the scores of a pass are read, because a
-    // tile of sums reaches memory late.
+    // A pass is kTilePartKeys keys and 16 rows. The next pass is multiplied before the scores of a pass are read,
+    // because a tile of sums reaches memory late.
     const int tiles_of_rows = static_cast<int>(round_up(rows, kAmxRows) / kAmxRows);
-    const int passes = static_cast<int>(round_up(count, kTileKeys) / kTileKeys) * tiles_of_rows;
+    const int passes = static_cast<int>(round_up(count, kTilePartKeys) / kTilePartKeys) * tiles_of_rows;
     const auto multiply_pass = [&](int pass) {
       for (int i = 0; i < kTiles && pass % tiles_of_rows == 0; ++i) {
-        tiles[i] = readable_keys(key_rows, pass / tiles_of_rows * kTileKeys + i * kAmxRows, i * kAmxRows, head_dim);
+        // There are no addresses of rows far behind the last key.
+        const int k = pass / tiles_of_rows * kTilePartKeys + i * kAmxRows;
+        tiles[i] = k < count ? readable_keys(key_rows, k, i * kAmxRows, head_dim) : tiles[0];
       }
       multiply_tiles(tiles, right + pass % tiles_of_rows * steps * kAmxTileBytes, products[pass % 2], prefetcher);
     };
     if (passes > 0) multiply_pass(0);
     for (int pass = 0; pass < passes; ++pass) {
       if (pass + 1 < passes) multiply_pass(pass + 1);
-      const int k = pass / tiles_of_rows * kTileKeys;
+      const int k = pass / tiles_of_rows * kTilePartKeys;
       const int64_t r = pass % tiles_of_rows * kAmxRows;
       const int64_t end = rows - r < kAmxRows ? rows - r : kAmxRows;
-      for (int i = 0; i < kTileKeys && k + i < count; i += kAmxRows) {
+      for (int i = 0; i < kTilePartKeys && k + i < count; i += kAmxRows) {
         Vec<float> tile[kAmxRows];
         FA_UNROLL
         for (int j = 0; j < kAmxRows; ++j) tile[j] = load<float>(products[pass % 2] + (i + j) * kAmxRows);
@@ -216,7 +215,7 @@ struct DecodeTiles<Policy, true> {
     for (int64_t row = 0; row < rows; ++row) {
       const float* high = sums + group * group_sums() + (row / kProbRows * kAmxRows + row % kProbRows) * value_row;
       const float* low = high + kProbRows * value_row;
-      for (int64_t d = 0; d < acc_row; d += kStep) {
+      for (int64_t d = 0; d < acc_row; d += 2 * kAmxLanes) {
         constexpr int n = kLanes<float>;
         const Vec<float> x = load<float>(high + d) + load<float>(low + d);
         const Vec<float> y = load<float>(high + d + n) + load<float>(low + d + n);

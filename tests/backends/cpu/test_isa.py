@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -458,6 +461,67 @@ def test_decoding_with_tiles_is_as_exact_as_with_vectors(seqlen_q: int, head_dim
     finally:
         _C.select_cpu_isa(before)
     assert errors["amx"] < 1.02 * errors["avx512"]
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_an_infinite_value_is_not_lost_in_decoding(value: float, heads: int, isa: str) -> None:
+    """Tiles multiply it by two parts of a prob, of which one may be negative."""
+    query, key, values = torch.randn(1, heads, 1, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64)
+    values[0, 0, 17, 5] = value
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [x.to(dtype) for x in (query, key, values)]
+        out = fused_attn.fused_attention(*inputs, enable_gqa=True)
+        expected = fused_attn.fused_attention(*(x.double() for x in inputs), enable_gqa=True, backend="reference")
+        torch.testing.assert_close(out[..., 5].double(), expected[..., 5], equal_nan=True)
+        torch.testing.assert_close(out[..., 6:].double(), expected[..., 6:], atol=2e-3, rtol=2**-8)
+
+
+def test_values_without_columns_in_decoding() -> None:
+    query, key, value = torch.randn(1, 4, 1, 64), torch.randn(1, 1, 16384, 64), torch.randn(1, 1, 16384, 0)
+    out = fused_attn.fused_attention(*(x.bfloat16() for x in (query, key, value)), enable_gqa=True)
+    assert out.shape == (1, 4, 1, 0)
+
+
+def _at_the_end_of_memory(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x behind which lies a page that nobody may read."""
+    page = mmap.PAGESIZE
+    size = -(-x.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) == 0
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=size - x.nbytes).view(x.shape)
+    return copy.copy_(x)
+
+
+GUARDED = """
+import sys, torch, fused_attn
+sys.path[:0] = ["tests/backends/cpu", "tests"]
+from test_isa import _at_the_end_of_memory, _C
+_C.select_cpu_isa(sys.argv[1])
+torch.manual_seed(0)
+torch.set_num_threads(1)
+for heads, head_dim, value_dim, page_size in ((4, 128, 8, 32), (16, 192, 128, 16), (4, 128, 64, 1), (2, 64, 64, 64)):
+    for length in (100, 128, 300):
+        pages = -(-length // page_size)
+        rows = (pages, page_size, heads)
+        keys = _at_the_end_of_memory(torch.randn(*rows, head_dim).bfloat16())
+        values = _at_the_end_of_memory(torch.randn(*rows, value_dim).bfloat16())
+        table = torch.arange(pages, dtype=torch.int32)[None].roll(1, 1)
+        lengths = torch.tensor([length], dtype=torch.int32)
+        query = torch.randn(1, 4 * heads, 1, head_dim).bfloat16()
+        fused_attn.fused_attention_paged(query, keys, values, table, lengths)
+        keys, values = (x.flatten(0, 1).transpose(0, 1)[None] for x in (keys, values))
+        fused_attn.fused_attention(query, keys, values, enable_gqa=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory by a function of the C library")
+def test_decoding_reads_nothing_behind_the_rows(isa: str) -> None:
+    command = [sys.executable, "-c", GUARDED, isa]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("outlier", (None, 0, 5, 9, 300))
