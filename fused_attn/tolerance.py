@@ -74,6 +74,20 @@ def measures(error: Tensor, yardstick: Tensor, floor: float) -> Iterator[Measure
         yield Measure(name, size(error), size(yardstick), allowed(size(yardstick), floor))
 
 
+class Sizes(NamedTuple):
+    """What `noise` has to know of the scores and the probs of a call.
+
+    score: the largest magnitude of all visible scores
+    weight_grad: the largest magnitude of the gradients of the probs, from dout alone
+    squared_probs: for gradients that sum over rows, by their names: the largest sum of the squares of the probs that
+        belong to one entry. Without a number, an entry is taken to have one prob.
+    """
+
+    score: float
+    weight_grad: float
+    squared_probs: Mapping[str, float] | None = None
+
+
 def noise(
     dtype: torch.dtype,
     truth: Mapping[str, Tensor],
@@ -83,9 +97,7 @@ def noise(
     *,
     scale: float,
     dropout_p: float,
-    largest_score: float,
-    largest_weight_grad: float,
-    squared_probs: Mapping[str, float] | None = None,
+    sizes: Sizes,
 ) -> dict[str, float]:
     """The rounding error of each result that no algorithm can avoid on these inputs.
 
@@ -100,17 +112,14 @@ def noise(
         truth: the float64 results ``out``, ``lse``, ``max``, ``dquery``, ``dkey`` and so on. Each gets its noise.
         tensors: query, key and value.
         dout, dlse: the gradients of the loss by ``out`` and ``lse``.
-        largest_score: the largest magnitude of all visible scores.
-        largest_weight_grad: the largest magnitude of the gradients of the probs, from dout alone.
-        squared_probs: for gradients that sum over rows, by their names: the largest sum of the squares of the probs
-            that belong to one entry. Without a number, an entry is taken to have one prob.
+        sizes: those of scores and probs.
     """
     accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    relative = accumulate * max(1.0, largest_score / 4)
+    relative = accumulate * max(1.0, sizes.score / 4)
     factor = 1.0 / (1.0 - dropout_p) if 0.0 < dropout_p < 1.0 else 1.0
-    weight_grad = largest_weight_grad + (0.0 if dlse is None else largest(dlse))
+    weight_grad = sizes.weight_grad + (0.0 if dlse is None else largest(dlse))
     delta = largest((truth["out"] * dout.double()).square().sum(-1).sqrt())
-    squares = squared_probs or {}
+    squares = sizes.squared_probs or {}
 
     def score_grad(name: str) -> float:
         """The noise of a gradient of scores, as an entry of the gradient with this name sums them."""

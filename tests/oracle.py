@@ -424,9 +424,7 @@ def expected(
         dlse,
         scale=query_scale(wide["query"]) if scale is None else scale,
         dropout_p=options.get("dropout_p", 0.0),
-        largest_score=watch.score,
-        largest_weight_grad=watch.weight_grad,
-        squared_probs=watch.squared_probs(tensors),
+        sizes=tolerance.Sizes(watch.score, watch.weight_grad, watch.squared_probs(tensors)),
     )
     return Expected(truth, eager, tensors["query"].dtype, noise)
 
