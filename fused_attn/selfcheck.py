@@ -323,10 +323,8 @@ def _noise(case: Case, inputs: list[Tensor], exact: dict[str, Tensor]) -> dict[s
         _dlse(exact["lse"]) if case.has_dlse else None,
         scale=scale,
         dropout_p=kwargs.get("dropout_p", 0.0),
-        sizes=tolerance.Sizes(
-            score=abs(scale) * _largest_product(query, key),
-            weight_grad=_largest_product(dout.view(*query.shape[:3], -1), value),
-        ),
+        largest_score=abs(scale) * _largest_product(query, key),
+        largest_weight_grad=_largest_product(dout.view(*query.shape[:3], -1), value),
     )
     return noise | {"out with gradients": noise["out"]}
 

@@ -7,7 +7,7 @@ true results in float64, and those of eager attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -74,20 +74,6 @@ def measures(error: Tensor, yardstick: Tensor, floor: float) -> Iterator[Measure
         yield Measure(name, size(error), size(yardstick), allowed(size(yardstick), floor))
 
 
-class Sizes(NamedTuple):
-    """What `noise` has to know of the scores and the probs of a call.
-
-    score: the largest magnitude of all visible scores
-    weight_grad: the largest magnitude of the gradients of the probs, from dout alone
-    squared_probs: for gradients that sum over rows, by their names: the largest sum of the squares of the probs that
-        belong to one entry. Without a number, an entry is taken to have one prob.
-    """
-
-    score: float
-    weight_grad: float
-    squared_probs: Mapping[str, float] | None = None
-
-
 def noise(
     dtype: torch.dtype,
     truth: Mapping[str, Tensor],
@@ -97,46 +83,40 @@ def noise(
     *,
     scale: float,
     dropout_p: float,
-    sizes: Sizes,
+    largest_score: float,
+    largest_weight_grad: float,
 ) -> dict[str, float]:
     """The rounding error of each result that no algorithm can avoid on these inputs.
 
     There are three causes:
     - A score has the absolute error eps * |score|. The exponential turns it into a relative error of the prob.
     - The gradient of a score is prob * (dprob - delta). The two numbers may be far larger than their difference.
-    - delta = <dout, out> is computed from an ``out`` that was rounded to the dtype. A gradient that sums over rows,
-      such as that of a bias that heads share, sums the errors of all these rows, each times a prob.
+    - delta = <dout, out> is computed from an ``out`` that was rounded to the dtype.
 
     Args:
         dtype: the dtype of the output under test.
         truth: the float64 results ``out``, ``lse``, ``max``, ``dquery``, ``dkey`` and so on. Each gets its noise.
         tensors: query, key and value.
         dout, dlse: the gradients of the loss by ``out`` and ``lse``.
-        sizes: those of scores and probs.
+        largest_score: the largest magnitude of all visible scores.
+        largest_weight_grad: the largest magnitude of the gradients of the probs, from dout alone.
     """
     accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    relative = accumulate * max(1.0, sizes.score / 4)
+    relative = accumulate * max(1.0, largest_score / 4)
     factor = 1.0 / (1.0 - dropout_p) if 0.0 < dropout_p < 1.0 else 1.0
-    weight_grad = sizes.weight_grad + (0.0 if dlse is None else largest(dlse))
+    weight_grad = largest_weight_grad + (0.0 if dlse is None else largest(dlse))
     delta = largest((truth["out"] * dout.double()).square().sum(-1).sqrt())
-    squares = sizes.squared_probs or {}
-
-    def score_grad(name: str) -> float:
-        """The noise of a gradient of scores, as an entry of the gradient with this name sums them."""
-        # The errors of rows are independent, so their squares add up.
-        summed = max(1.0, squares.get(name, 1.0)) ** 0.5
-        return 8 * relative * weight_grad + torch.finfo(dtype).eps / 2 * delta * summed
-
-    found: dict[str, Callable[[], float]] = {
-        "out": lambda: relative * factor * largest(tensors["value"]),
+    score_grad = 8 * relative * weight_grad + torch.finfo(dtype).eps / 2 * delta
+    found = {
+        "out": relative * factor * largest(tensors["value"]),
         # In low precision, probs are rounded to the dtype before they are summed.
-        "lse": lambda: 2 * relative + (0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 4),
-        "max": lambda: relative,
-        "dquery": lambda: score_grad("dquery") * abs(scale) * largest(tensors["key"]),
-        "dkey": lambda: score_grad("dkey") * abs(scale) * largest(tensors["query"]),
-        "dvalue": lambda: 4 * relative * factor * largest(dout),
+        "lse": 2 * relative + (0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 4),
+        "max": relative,
+        "dquery": score_grad * abs(scale) * largest(tensors["key"]),
+        "dkey": score_grad * abs(scale) * largest(tensors["query"]),
+        "dvalue": 4 * relative * factor * largest(dout),
     }
-    return {name: found[name]() if name in found else score_grad(name) for name in truth}
+    return {name: found.get(name, score_grad) for name in truth}
 
 
 def largest(x: Tensor) -> float:

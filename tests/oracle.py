@@ -8,7 +8,6 @@ result has the error of eager PyTorch, to which the error of a kernel is compare
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -23,47 +22,6 @@ from fused_attn import tolerance
 from fused_attn.tolerance import largest
 
 MINUS_INF = float("-inf")
-
-
-@dataclasses.dataclass
-class Watch:
-    """What `tolerance.noise` has to know of the calls of `attention`.
-
-    score: the largest score
-    weight_grad: the largest gradient of a weight, when backward has run
-    squared_weights: the sum of the squares of all weights
-    squared_weights_of_key: the largest sum of the squares of the weights of one key
-    squared_weights_of_sinks: the sum of the squares of all weights of sinks
-    """
-
-    score: float = 0.0
-    weight_grad: float = 0.0
-    squared_weights: float = 0.0
-    squared_weights_of_key: float = 0.0
-    squared_weights_of_sinks: float = 0.0
-
-    def see(self, scores: Tensor, weights: Tensor, group: int) -> None:
-        """Called with scores (..., H, L, S) and weights (..., H, L, S + 1), of the sinks last, before dropout."""
-        # A mask with finfo.min makes scores huge, but these scores have no effect on the result, so they do not count.
-        self.score = max(self.score, largest(scores[scores.abs() < 1e5]))
-        squares = weights.square()
-        self.squared_weights += squares[..., :-1].sum().item()
-        self.squared_weights_of_sinks += squares[..., -1].sum().item()
-        of_keys = squares[..., :-1].sum(-2).unflatten(-2, (-1, group)).sum(-2)
-        self.squared_weights_of_key = max(self.squared_weights_of_key, largest(of_keys))
-
-    def see_grad(self, weight_grad: Tensor) -> None:
-        self.weight_grad = max(self.weight_grad, largest(weight_grad))
-
-    def squared_probs(self, tensors: dict[str, Tensor]) -> dict[str, float]:
-        """The argument of `tolerance.noise`. All rows of scores may share an entry of a bias."""
-        rows = math.prod(tensors["query"].shape[:-1])
-        found = {"dkey": self.squared_weights_of_key, "dsinks": self.squared_weights_of_sinks}
-        for name in ("attn_mask", "key_padding_mask", "relative_bias"):
-            if name in tensors:
-                entries = math.prod(tensors[name].shape[:-1])
-                found[f"d{name}"] = min(self.squared_weights, rows / max(1, entries))
-        return found
 
 
 def attention(
@@ -87,13 +45,13 @@ def attention(
     diagonal_alignment: str = "upper_left",
     num_splits: int | None = None,
     first_sequence: int = 0,
-    watch: Watch | None = None,
+    watch: dict[str, float] | None = None,
     return_max: bool = False,
 ) -> tuple[Tensor, ...]:
     """(out, lse), or with return_max (out, lse, max), as `fused_attn.fused_attention` defines them.
 
-    ``first_sequence``: the batch index of entry 0 in the counter of dropout. ``watch`` learns what `tolerance.noise`
-    has to know. ``num_splits`` changes no value.
+    ``first_sequence``: the batch index of entry 0 in the counter of dropout. ``watch``: a dict that receives the
+    largest score and, when backward runs, the largest gradient of a weight. ``num_splits`` changes no value.
     """
     if query.dim() == 2:  # without a head dimension there is one head
         results = attention(
@@ -127,8 +85,8 @@ def attention(
     offset = 0
     if is_lower_right:
         offset = (seqlen_k if key_lengths is None else key_lengths.numpy()[:, None, None, None]) - seqlen_q
-    group = query.shape[-3] // key.shape[-3] if enable_gqa else 1
     if enable_gqa:
+        group = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(group, dim=-3) for x in (key, value))
 
     row, column = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)[None, :]
@@ -182,14 +140,15 @@ def attention(
     logits = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], dim=-1)
     is_empty = ~(scores > MINUS_INF).any(-1, keepdim=True)
     logits = torch.where(is_empty, 0.0, logits)
-    weights = torch.where(is_empty, 0.0, torch.softmax(logits, dim=-1))
+    weights = torch.where(is_empty, 0.0, torch.softmax(logits, dim=-1)[..., :-1])
     wide = logits if logits.dtype == torch.float64 else logits.float()
     lse = torch.where(is_empty[..., 0], MINUS_INF, torch.logsumexp(wide, dim=-1))
     if watch is not None:
-        watch.see(scores.detach(), weights.detach(), group)
-    weights = weights[..., :-1]
-    if watch is not None and weights.requires_grad:
-        weights.register_hook(watch.see_grad)
+        # A mask with finfo.min makes scores huge, but these scores have no effect on the result, so they do not count.
+        note = scores.detach()
+        watch["score"] = max(watch["score"], largest(note[note.abs() < 1e5]))
+        if weights.requires_grad:
+            weights.register_hook(lambda grad: watch.update(weight_grad=max(watch["weight_grad"], largest(grad))))
     if dropout_p:
         heads = weights.shape[-3]
         batch = math.prod(weights.shape[:-3])
@@ -406,7 +365,7 @@ def expected(
 ) -> Expected:
     """The true result (float64) and the eager result (in the dtype under test) of the same inputs."""
     wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-    watch = Watch()
+    watch = {"score": 0.0, "weight_grad": 0.0}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for many small operations, one thread is fastest
     try:
@@ -424,7 +383,8 @@ def expected(
         dlse,
         scale=query_scale(wide["query"]) if scale is None else scale,
         dropout_p=options.get("dropout_p", 0.0),
-        sizes=tolerance.Sizes(watch.score, watch.weight_grad, watch.squared_probs(tensors)),
+        largest_score=watch["score"],
+        largest_weight_grad=watch["weight_grad"],
     )
     return Expected(truth, eager, tensors["query"].dtype, noise)
 

@@ -29,7 +29,7 @@ WANTED = [("query",), ("key",), ("value",), ("key", "value"), ("query", "value")
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_packed: bool, watch: oracle.Watch | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_packed: bool, watch: dict | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the oracle, for sequences one after another, or for batch entries."""
     outs, lses = [], []
