@@ -424,8 +424,9 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       const int value_depth = Policy::lanes_for(value_dim);
       for (int t = 0; t < tiles; ++t) {
         const int k = t * kTileKeys;
-        prefetch_scores<Policy>(p, p.bias, p.bias_dtype, b, h, q_begin, nq, slab_end, keys, t, tiles);
-        prefetch_scores<Policy>(p, p.dbias, p.dbias_dtype, b, h, q_begin, nq, slab_end, keys, t, tiles);
+        prefetch_masks<Policy>(p, b, h, q_begin, nq, slab_end, keys, t, tiles);
+        prefetch_scores(p.dbias, bias_element_bytes<Policy>(p, p.dbias_dtype), b, h, q_begin, nq, slab_end, keys, t,
+                        tiles);
         bool partial;
         const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
         s.key.ranges[t] = range;
@@ -693,6 +694,8 @@ void backward_with_policy(const AttentionParams& p) {
     }
   });
 
+  if (p.dbias.data != nullptr && has_entries_of_scores(p.dbias))
+    advise_huge_pages(p.dbias.data, extent_of_scores(p, p.dbias) * bias_element_bytes<Policy>(p, p.dbias_dtype));
   const ValidKeys* valid_keys = make_valid_keys(p, valid_keys_memory.data());
   const RelativeBias<Lane> relative = make_relative_bias<Lane>(p, relative_memory.data());
 

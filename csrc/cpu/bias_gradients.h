@@ -30,6 +30,12 @@ struct BiasGradient {
   }
 };
 
+// The number of entries from the first entry of the gradient of a dense bias to the last one, of all heads.
+inline int64_t extent_of_scores(const AttentionParams& p, const TensorView& view) {
+  return (p.batch - 1) * view.stride_batch + (p.num_heads - 1) * view.stride_head + (p.seqlen_q - 1) * view.stride_row +
+         (p.seqlen_k - 1) * view.stride_col + 1;
+}
+
 // Calls f with the gradients of the dense bias and of the key bias of head (b, h), those that are wanted. The item that
 // computes the gradients of the head sets entries to zero that no score reaches (clear_dbias).
 template <class Policy, class F>

@@ -72,6 +72,7 @@ class KeyStream {
       next_ += count;
     } else {
       while (count < kBlockK) {
+        if (append_chunk(block, count, common)) continue;
         int64_t j = next_;
         if (valid_keys_.index != nullptr) {
           if (next_ >= valid_keys_.count) break;
@@ -108,6 +109,22 @@ class KeyStream {
   }
 
  private:
+  // Appends the 64 keys from next_ on to the block, if some query sees each of them and the band hides none. The loop
+  // over single keys takes several times as long.
+  bool append_chunk(KeyBlock& block, int& count, uint64_t& common) {
+    if (valid_keys_.index != nullptr || next_ % 64 != 0 || next_ + 64 > end_ || count + 64 > kBlockK) return false;
+    const uint64_t* words = mask_.words_if_all_seen(next_);
+    if (words == nullptr || !band_.all_visible(q_begin_, q_last_, next_, next_ + 63)) return false;
+    for (int k = 0; k < 64; ++k) {
+      block.index[count + k] = static_cast<int32_t>(next_ + k);
+      block.word[count + k] = words[k] & valid_queries_;
+      common &= words[k];
+    }
+    count += 64;
+    next_ += 64;
+    return true;
+  }
+
   // The queries that see key j according to the band.
   uint64_t visible_bits(int64_t j) const {
     return valid_queries_ & bit_range(band_.first_query(j) - q_begin_, band_.last_query(j) - q_begin_);

@@ -107,6 +107,12 @@ class MaskWords {
     return is_empty_;
   }
 
+  // The words of the keys j to j + 63, where j is a multiple of 64, or null if no query of the block sees one of them.
+  const uint64_t* words_if_all_seen(int64_t j) {
+    if (j >> 6 != chunk_) load(j >> 6);
+    return sees_all_keys_ ? words_ : nullptr;
+  }
+
   // Narrows the keys begin ... end - 1 to those from the first to the last one in the ranges of the block's queries. If
   // none of them lies in a range, end <= begin afterwards.
   void narrow(int64_t& begin, int64_t& end) const {
@@ -138,10 +144,15 @@ class MaskWords {
     if ((bytes_ == nullptr || stride_row_ == 0) && (ranges_ == nullptr || stride_ranges_ == 0)) {
       const uint64_t row = keys_of_query(0, chunk, keys);
       any = row;
+      sees_all_keys_ = row == ~uint64_t{0};
       for (int k = 0; k < 64; ++k) words_[k] = -(row >> k & 1);
     } else if (stride_row_ == 1 && ranges_ == nullptr) {
       const uint8_t* bytes = bytes_ + chunk * 64 * stride_col_;
-      for (int k = 0; k < keys; ++k) any |= words_[k] = bits_of_bytes(bytes + k * stride_col_, 1, nq_);
+      sees_all_keys_ = keys == 64;
+      for (int k = 0; k < keys; ++k) {
+        any |= words_[k] = bits_of_bytes(bytes + k * stride_col_, 1, nq_);
+        sees_all_keys_ &= words_[k] != 0;
+      }
     } else {
       uint64_t all = ~uint64_t{0};
       for (int q = 0; q < nq_; ++q) {
@@ -149,6 +160,7 @@ class MaskWords {
         all &= words_[q];
         any |= words_[q];
       }
+      sees_all_keys_ = any == ~uint64_t{0};
       // If all bits are equal, a transposition would change nothing, and is left out. Rows that do not exist get the
       // bits `all`: zeros if all bits are zero, and ones if all bits are one.
       for (int q = nq_; q < 64; ++q) words_[q] = all;
@@ -178,6 +190,7 @@ class MaskWords {
   int64_t seqlen_k_;
   int64_t chunk_ = -1;  // which 64 keys words_ holds
   bool is_empty_ = false;
+  bool sees_all_keys_ = false;  // whether some query of the block sees each of them; only used if all 64 keys exist
   uint64_t words_[64];
 };
 

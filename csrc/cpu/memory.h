@@ -1,6 +1,9 @@
 // Scratch memory: one allocation, divided into aligned arrays.
 #pragma once
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <new>
 
@@ -37,6 +40,20 @@ class Arena {
   char* base_;
   int64_t used_ = 0;
 };
+
+// Advises Linux to back the memory with pages of 2 MiB, if there are several. Memory that is written for the first time
+// then costs a fault for each 2 MiB, not for each 4 KiB. On a Xeon, forward and backward with 4096 queries and keys and
+// the gradient of a dense bias (128 MiB) take 0.8 of the time.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr int64_t kHugePage = int64_t{1} << 21;
+  const int64_t address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
+  const int64_t begin = round_up(address, kHugePage);
+  const int64_t end = (address + bytes) / kHugePage * kHugePage;
+  // The result does not matter: without huge pages, only the time is longer.
+  if (end - begin >= 2 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // An allocation that begins at a cache line, and is freed with the object. It holds no memory if the size is 0.
 class Buffer {

@@ -283,7 +283,7 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
     const bool is_plain = in.has_no_other_terms() && !p.has_dropout && !softmax.tracks_max;
     const auto prefetch_for = [&](int t) {
       prefetch(t * kTileKeys, tiles * kTileKeys);
-      prefetch_scores<Policy>(p, p.bias, p.bias_dtype, b, h, q_begin, nq, seq.seqlen_k, keys, t, tiles);
+      prefetch_masks<Policy>(p, b, h, q_begin, nq, seq.seqlen_k, keys, t, tiles);
     };
     int t = 0;  // the next tile
     const auto compute_tile = [&] {
