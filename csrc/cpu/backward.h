@@ -422,11 +422,10 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
       const bool is_plain = in.raw && !p.has_dropout;
       const int value_depth = Policy::lanes_for(value_dim);
+      const MaskPrefetcher<Policy> masks(p, b, h, q_begin, nq, keys, slab_end);
       for (int t = 0; t < tiles; ++t) {
         const int k = t * kTileKeys;
-        prefetch_masks<Policy>(p, b, h, q_begin, nq, slab_end, keys, t, tiles);
-        prefetch_scores(p.dbias, bias_element_bytes<Policy>(p, p.dbias_dtype), b, h, q_begin, nq, slab_end, keys, t,
-                        tiles);
+        masks.prefetch(t, tiles);
         bool partial;
         const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
         s.key.ranges[t] = range;

@@ -1,6 +1,8 @@
 // Which keys a block of queries sees, as a stream of blocks of keys. For each key, a word of 64 bits says which queries
 // of the block see the key.
 #pragma once
+#include <algorithm>
+
 #include "../common/band.h"
 #include "mask_words.h"
 #include "tiles.h"
@@ -59,46 +61,17 @@ class KeyStream {
 
   // Writes the next keys to `block`. Returns false if no key is left.
   bool next(KeyBlock& block) {
-    int count = 0;
+    block.count = 0;
     uint64_t common = valid_queries_;
-    if (valid_keys_.index == nullptr && !mask_.present()) {
-      count = next_ < end_ ? static_cast<int>(end_ - next_ < kBlockK ? end_ - next_ : kBlockK) : 0;
-      const bool full = band_.all_visible(q_begin_, q_last_, next_, next_ + count - 1);
-      for (int k = 0; k < count; ++k) {
-        block.index[k] = static_cast<int32_t>(next_ + k);
-        block.word[k] = full ? valid_queries_ : visible_bits(next_ + k);
-        common &= block.word[k];
-      }
-      next_ += count;
+    if (valid_keys_.index != nullptr) {
+      take_listed_keys(block, common);
+    } else if (mask_.present()) {
+      take_masked_keys(block, common);
     } else {
-      while (count < kBlockK) {
-        if (append_chunk(block, count, common)) continue;
-        int64_t j = next_;
-        if (valid_keys_.index != nullptr) {
-          if (next_ >= valid_keys_.count) break;
-          j = valid_keys_.index[next_];
-        }
-        if (j >= end_) break;
-        if (mask_.present() && mask_.hides_chunk(j)) {
-          if (valid_keys_.index == nullptr) {
-            next_ = (j | 63) + 1;
-          } else {
-            while (next_ < valid_keys_.count && valid_keys_.index[next_] <= (j | 63)) ++next_;
-          }
-          continue;
-        }
-        ++next_;
-        uint64_t word = visible_bits(j);
-        if (mask_.present() && word != 0) word &= mask_.word(j);
-        if (word == 0) continue;
-        block.index[count] = static_cast<int32_t>(j);
-        block.word[count] = word;
-        common &= word;
-        ++count;
-      }
+      take_keys(block, common);
     }
+    const int count = block.count;
     if (count == 0) return false;
-    block.count = count;
     block.partial = common != valid_queries_;
     block.contiguous = block.index[count - 1] - block.index[0] == count - 1;
     for (int k = count; k < count + kTileKeys; ++k) {
@@ -109,20 +82,72 @@ class KeyStream {
   }
 
  private:
-  // Appends the 64 keys from next_ on to the block, if some query sees each of them and the band hides none. The loop
-  // over single keys takes several times as long.
-  bool append_chunk(KeyBlock& block, int& count, uint64_t& common) {
-    if (valid_keys_.index != nullptr || next_ % 64 != 0 || next_ + 64 > end_ || count + 64 > kBlockK) return false;
-    const uint64_t* words = mask_.words_if_all_seen(next_);
-    if (words == nullptr || !band_.all_visible(q_begin_, q_last_, next_, next_ + 63)) return false;
-    for (int k = 0; k < 64; ++k) {
-      block.index[count + k] = static_cast<int32_t>(next_ + k);
-      block.word[count + k] = words[k] & valid_queries_;
-      common &= words[k];
+  // Each of the following functions appends keys to the block until it is full or no key is left. `common` keeps the
+  // bits that are set in the words of all keys.
+
+  // Without a mask and without a list, the band shows each key to some query.
+  void take_keys(KeyBlock& block, uint64_t& common) {
+    const int count = next_ < end_ ? static_cast<int>(end_ - next_ < kBlockK ? end_ - next_ : kBlockK) : 0;
+    const bool full = band_.all_visible(q_begin_, q_last_, next_, next_ + count - 1);
+    for (int k = 0; k < count; ++k) {
+      block.index[k] = static_cast<int32_t>(next_ + k);
+      block.word[k] = full ? valid_queries_ : visible_bits(next_ + k);
+      common &= block.word[k];
     }
-    count += 64;
-    next_ += 64;
-    return true;
+    block.count = count;
+    next_ += count;
+  }
+
+  // With a mask, 64 keys at a time.
+  void take_masked_keys(KeyBlock& block, uint64_t& common) {
+    while (block.count < kBlockK && next_ < end_) {
+      const int64_t chunk_end = (next_ | 63) + 1 < end_ ? (next_ | 63) + 1 : end_;
+      if (mask_.hides_chunk(next_)) {
+        next_ = chunk_end;
+        continue;
+      }
+      const uint64_t* words = mask_.words(next_);
+      const int64_t behind = std::min<int64_t>(chunk_end, next_ + kBlockK - block.count);
+      if (mask_.shows_each_key(next_) && band_.all_visible(q_begin_, q_last_, next_, behind - 1)) {
+        // No key is left out, so the compiler makes vectors of the loop.
+        const int count = static_cast<int>(behind - next_);
+        words += next_ & 63;
+        for (int k = 0; k < count; ++k) {
+          block.index[block.count + k] = static_cast<int32_t>(next_ + k);
+          block.word[block.count + k] = words[k] & valid_queries_;
+          common &= block.word[block.count + k];
+        }
+        block.count += count;
+        next_ = behind;
+        continue;
+      }
+      for (; next_ < chunk_end && block.count < kBlockK; ++next_) {
+        append_if_seen(block, common, next_, visible_bits(next_) & words[next_ & 63]);
+      }
+    }
+  }
+
+  // With a list of valid keys, and perhaps a mask.
+  void take_listed_keys(KeyBlock& block, uint64_t& common) {
+    while (block.count < kBlockK && next_ < valid_keys_.count) {
+      const int64_t j = valid_keys_.index[next_];
+      if (j >= end_) break;
+      if (mask_.present() && mask_.hides_chunk(j)) {
+        while (next_ < valid_keys_.count && valid_keys_.index[next_] <= (j | 63)) ++next_;
+        continue;
+      }
+      ++next_;
+      append_if_seen(block, common, j, mask_.present() ? visible_bits(j) & mask_.words(j)[j & 63] : visible_bits(j));
+    }
+  }
+
+  // Appends key j to the block, unless its word is 0.
+  static void append_if_seen(KeyBlock& block, uint64_t& common, int64_t j, uint64_t word) {
+    if (word == 0) return;
+    block.index[block.count] = static_cast<int32_t>(j);
+    block.word[block.count] = word;
+    common &= word;
+    ++block.count;
   }
 
   // The queries that see key j according to the band.

@@ -79,8 +79,9 @@ FA_INLINE bool has_score_mask_of_heads(const AttentionParams& p) {
          (p.key_ranges.data != nullptr && p.key_ranges.stride_head != 0);
 }
 
-// The words of one query block: word(j) has bit q set if the dense mask and the ranges of keys let query q of the block
-// see key j. The class makes the bits of 64 keys at a time, when they are needed, so it needs no memory of size L x S.
+// The words of one query block: the word of key j has bit q set if the dense mask and the ranges of keys let query q of
+// the block see key j. The class makes the bits of 64 keys at a time, when they are needed, so it needs no memory of
+// size L x S.
 class MaskWords {
  public:
   MaskWords(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, int nq, int64_t seqlen_k)
@@ -93,24 +94,26 @@ class MaskWords {
         nq_(nq),
         seqlen_k_(seqlen_k) {}
 
-  // Whether the call has a dense mask or ranges. With neither, word() and hides_chunk() must not be called.
+  // Whether the call has a dense mask or ranges. With neither, no other function but narrow() must be called.
   bool present() const { return bytes_ != nullptr || ranges_ != nullptr; }
 
-  uint64_t word(int64_t j) {
+  // The words of the 64 keys around key j: 64 * (j / 64) and the following ones.
+  const uint64_t* words(int64_t j) {
     if (j >> 6 != chunk_) load(j >> 6);
-    return words_[j & 63];
+    return words_;
   }
 
-  // Whether no query of the block sees any of the 64 keys around key j: 64 * (j / 64) and the following ones.
+  // Whether no query of the block sees any of the 64 keys around key j.
   bool hides_chunk(int64_t j) {
-    if (j >> 6 != chunk_) load(j >> 6);
+    words(j);
     return is_empty_;
   }
 
-  // The words of the keys j to j + 63, where j is a multiple of 64, or null if no query of the block sees one of them.
-  const uint64_t* words_if_all_seen(int64_t j) {
-    if (j >> 6 != chunk_) load(j >> 6);
-    return sees_all_keys_ ? words_ : nullptr;
+  // Whether each of the 64 keys around key j is seen by some query of the block. The answer may be false for the last
+  // keys, although they are seen, if these are fewer than 64.
+  bool shows_each_key(int64_t j) {
+    words(j);
+    return shows_each_key_;
   }
 
   // Narrows the keys begin ... end - 1 to those from the first to the last one in the ranges of the block's queries. If
@@ -144,14 +147,14 @@ class MaskWords {
     if ((bytes_ == nullptr || stride_row_ == 0) && (ranges_ == nullptr || stride_ranges_ == 0)) {
       const uint64_t row = keys_of_query(0, chunk, keys);
       any = row;
-      sees_all_keys_ = row == ~uint64_t{0};
+      shows_each_key_ = row == ~uint64_t{0};
       for (int k = 0; k < 64; ++k) words_[k] = -(row >> k & 1);
     } else if (stride_row_ == 1 && ranges_ == nullptr) {
       const uint8_t* bytes = bytes_ + chunk * 64 * stride_col_;
-      sees_all_keys_ = keys == 64;
+      shows_each_key_ = keys == 64;
       for (int k = 0; k < keys; ++k) {
         any |= words_[k] = bits_of_bytes(bytes + k * stride_col_, 1, nq_);
-        sees_all_keys_ &= words_[k] != 0;
+        shows_each_key_ &= words_[k] != 0;
       }
     } else {
       uint64_t all = ~uint64_t{0};
@@ -160,7 +163,7 @@ class MaskWords {
         all &= words_[q];
         any |= words_[q];
       }
-      sees_all_keys_ = any == ~uint64_t{0};
+      shows_each_key_ = any == ~uint64_t{0};
       // If all bits are equal, a transposition would change nothing, and is left out. Rows that do not exist get the
       // bits `all`: zeros if all bits are zero, and ones if all bits are one.
       for (int q = nq_; q < 64; ++q) words_[q] = all;
@@ -190,7 +193,7 @@ class MaskWords {
   int64_t seqlen_k_;
   int64_t chunk_ = -1;  // which 64 keys words_ holds
   bool is_empty_ = false;
-  bool sees_all_keys_ = false;  // whether some query of the block sees each of them; only used if all 64 keys exist
+  bool shows_each_key_ = false;
   uint64_t words_[64];
 };
 

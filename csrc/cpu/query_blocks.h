@@ -281,9 +281,10 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
     softmax.begin_block();
     const bool is_plain = in.has_no_other_terms() && !p.has_dropout && !softmax.tracks_max;
+    const MaskPrefetcher<Policy> masks(p, b, h, q_begin, nq, keys, seq.seqlen_k);
     const auto prefetch_for = [&](int t) {
       prefetch(t * kTileKeys, tiles * kTileKeys);
-      prefetch_masks<Policy>(p, b, h, q_begin, nq, seq.seqlen_k, keys, t, tiles);
+      masks.prefetch(t, tiles);
     };
     int t = 0;  // the next tile
     const auto compute_tile = [&] {
