@@ -385,6 +385,31 @@ def test_a_padding_mask_of_ones_and_zeros_is_told_once() -> None:
     assert "attention_mask == 0" in str(warning.message)
 
 
+def test_padding_of_the_lowest_number_is_told_once() -> None:
+    """Keys with such a bias are computed, and keys with -inf are not. One warning says so."""
+    masks._warn_of_lowest_number.cache_clear()
+    is_padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for lowest in (float("-inf"), -1e4):
+            call(key_padding_mask=torch.zeros(2, 7).masked_fill(is_padding, lowest))()
+        assert not caught
+        for dtype in (torch.float32, torch.bfloat16):
+            call(key_padding_mask=torch.zeros(2, 7, dtype=dtype).masked_fill(is_padding, torch.finfo(dtype).min))()
+    (warning,) = caught
+    assert "key_padding_mask: the lowest finite number" in str(warning.message)
+
+
+def test_a_padding_mask_of_integers_gets_advice() -> None:
+    """The bool of a tokenizer's attention_mask would be the opposite of a padding mask."""
+    attention_mask = torch.ones(2, 7, dtype=torch.int64)
+    module = fused_attn.FusedMultiheadAttention(8, 2, batch_first=True)
+    with pytest.raises(TypeError, match=r"got torch.int64; a tokenizer's .* becomes one by `attention_mask == 0`"):
+        call(key_padding_mask=attention_mask)()
+    with pytest.raises(AssertionError, match=r"got torch.int64; a tokenizer's .* becomes one by `attention_mask == 0`"):
+        module(KV[:, 0], KV[:, 0], KV[:, 0], key_padding_mask=attention_mask)
+
+
 def test_a_padding_mask_without_contents_is_not_read() -> None:
     query, mask = Q.to(META), torch.zeros(2, 5, device=META)
     assert fused_attn.fused_attention(query, query, query, key_padding_mask=mask).shape == Q.shape

@@ -59,19 +59,19 @@ class KeyStream {
   // The word whose bits of the queries that exist are set: bits 0 to nq - 1.
   uint64_t valid_queries() const { return valid_queries_; }
 
-  // Writes the next keys to `block`. Returns false if no key is left.
+  // Writes the next keys to `block`. If no key is left, returns false and leaves the block as it is.
   bool next(KeyBlock& block) {
-    block.count = 0;
+    int count = 0;
     uint64_t common = valid_queries_;
     if (valid_keys_.index != nullptr) {
-      take_listed_keys(block, common);
+      take_listed_keys(block, count, common);
     } else if (mask_.present()) {
-      take_masked_keys(block, common);
+      take_masked_keys(block, count, common);
     } else {
-      take_keys(block, common);
+      take_keys(block, count, common);
     }
-    const int count = block.count;
     if (count == 0) return false;
+    block.count = count;
     block.partial = common != valid_queries_;
     block.contiguous = block.index[count - 1] - block.index[0] == count - 1;
     for (int k = count; k < count + kTileKeys; ++k) {
@@ -82,54 +82,53 @@ class KeyStream {
   }
 
  private:
-  // Each of the following functions appends keys to the block until it is full or no key is left. `common` keeps the
-  // bits that are set in the words of all keys.
+  // Each of the following functions writes keys to the block until it is full or no key is left. They add to `count`,
+  // the keys of the block. `common` keeps the bits that are set in the words of all keys.
 
   // Without a mask and without a list, the band shows each key to some query.
-  void take_keys(KeyBlock& block, uint64_t& common) {
-    const int count = next_ < end_ ? static_cast<int>(end_ - next_ < kBlockK ? end_ - next_ : kBlockK) : 0;
+  void take_keys(KeyBlock& block, int& count, uint64_t& common) {
+    count = next_ < end_ ? static_cast<int>(end_ - next_ < kBlockK ? end_ - next_ : kBlockK) : 0;
     const bool full = band_.all_visible(q_begin_, q_last_, next_, next_ + count - 1);
     for (int k = 0; k < count; ++k) {
       block.index[k] = static_cast<int32_t>(next_ + k);
       block.word[k] = full ? valid_queries_ : visible_bits(next_ + k);
       common &= block.word[k];
     }
-    block.count = count;
     next_ += count;
   }
 
   // With a mask, 64 keys at a time.
-  void take_masked_keys(KeyBlock& block, uint64_t& common) {
-    while (block.count < kBlockK && next_ < end_) {
+  void take_masked_keys(KeyBlock& block, int& count, uint64_t& common) {
+    while (count < kBlockK && next_ < end_) {
       const int64_t chunk_end = (next_ | 63) + 1 < end_ ? (next_ | 63) + 1 : end_;
       if (mask_.hides_chunk(next_)) {
         next_ = chunk_end;
         continue;
       }
       const uint64_t* words = mask_.words(next_);
-      const int64_t behind = std::min<int64_t>(chunk_end, next_ + kBlockK - block.count);
+      const int64_t behind = std::min<int64_t>(chunk_end, next_ + kBlockK - count);
       if (mask_.shows_each_key(next_) && band_.all_visible(q_begin_, q_last_, next_, behind - 1)) {
         // No key is left out, so the compiler makes vectors of the loop.
-        const int count = static_cast<int>(behind - next_);
+        const int shown = static_cast<int>(behind - next_);
         words += next_ & 63;
-        for (int k = 0; k < count; ++k) {
-          block.index[block.count + k] = static_cast<int32_t>(next_ + k);
-          block.word[block.count + k] = words[k] & valid_queries_;
-          common &= block.word[block.count + k];
+        for (int k = 0; k < shown; ++k) {
+          block.index[count + k] = static_cast<int32_t>(next_ + k);
+          block.word[count + k] = words[k] & valid_queries_;
+          common &= block.word[count + k];
         }
-        block.count += count;
+        count += shown;
         next_ = behind;
         continue;
       }
-      for (; next_ < chunk_end && block.count < kBlockK; ++next_) {
-        append_if_seen(block, common, next_, visible_bits(next_) & words[next_ & 63]);
+      for (; next_ < chunk_end && count < kBlockK; ++next_) {
+        append_if_seen(block, count, common, next_, visible_bits(next_) & words[next_ & 63]);
       }
     }
   }
 
   // With a list of valid keys, and perhaps a mask.
-  void take_listed_keys(KeyBlock& block, uint64_t& common) {
-    while (block.count < kBlockK && next_ < valid_keys_.count) {
+  void take_listed_keys(KeyBlock& block, int& count, uint64_t& common) {
+    while (count < kBlockK && next_ < valid_keys_.count) {
       const int64_t j = valid_keys_.index[next_];
       if (j >= end_) break;
       if (mask_.present() && mask_.hides_chunk(j)) {
@@ -137,17 +136,18 @@ class KeyStream {
         continue;
       }
       ++next_;
-      append_if_seen(block, common, j, mask_.present() ? visible_bits(j) & mask_.words(j)[j & 63] : visible_bits(j));
+      append_if_seen(block, count, common, j,
+                     mask_.present() ? visible_bits(j) & mask_.words(j)[j & 63] : visible_bits(j));
     }
   }
 
   // Appends key j to the block, unless its word is 0.
-  static void append_if_seen(KeyBlock& block, uint64_t& common, int64_t j, uint64_t word) {
+  static void append_if_seen(KeyBlock& block, int& count, uint64_t& common, int64_t j, uint64_t word) {
     if (word == 0) return;
-    block.index[block.count] = static_cast<int32_t>(j);
-    block.word[block.count] = word;
+    block.index[count] = static_cast<int32_t>(j);
+    block.word[count] = word;
     common &= word;
-    ++block.count;
+    ++count;
   }
 
   // The queries that see key j according to the band.

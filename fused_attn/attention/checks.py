@@ -403,12 +403,20 @@ def _check_learned(name: str, x: Meta, query: Meta) -> None:
     check_device(name, x, query)
 
 
+def hint_for_integers(name: str) -> str:
+    """The end of the error message for a mask of integers: how a tokenizer's attention_mask becomes a padding mask."""
+    if not name.endswith("key_padding_mask"):
+        return ""
+    return "; a tokenizer's attention_mask (1 = token, 0 = padding) becomes one by `attention_mask == 0`"
+
+
 def _check_mask_dtype(name: str, meaning: str, mask: Meta) -> None:
     """Checks that a mask is bool or floating point. `meaning` says what True means, for the error message."""
     if mask.dtype == torch.bool:
         return
     if not mask.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected bool (True = {meaning}) or floating point (added), got {mask.dtype}")
+        hint = hint_for_integers(name)
+        raise TypeError(f"{name}: expected bool (True = {meaning}) or floating point (added), got {mask.dtype}{hint}")
     _check_floating_point(name, mask)
 
 

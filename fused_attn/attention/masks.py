@@ -234,6 +234,8 @@ def _normalise_padding(mask: Tensor) -> tuple[Tensor, Tensor | None]:
             return is_padding, None
         if least >= 0.0 and most == 1.0 and torch.equal(mask, mask.bool().to(mask.dtype)):
             _warn_of_zeros_and_ones()
+        if least == torch.finfo(mask.dtype).min:
+            _warn_of_lowest_number()
     return is_padding, bias
 
 
@@ -243,5 +245,15 @@ def _warn_of_zeros_and_ones() -> None:
     warnings.warn(
         "key_padding_mask: the floating-point values 0 and 1 are added to the scores and hide no key. If this is a "
         "tokenizer's attention_mask (1 = token, 0 = padding), pass `attention_mask == 0`.",
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _warn_of_lowest_number() -> None:
+    """Warns once that finfo.min in a key_padding_mask costs the time that padding saves."""
+    warnings.warn(
+        "key_padding_mask: the lowest finite number (torch.finfo(dtype).min) is added to the scores, so the kernels "
+        "still compute the keys of the padding. Pass bool (True = ignore) or -inf: then these keys are left out.",
         stacklevel=2,
     )

@@ -753,7 +753,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         expected = sizes if attn_mask.dim() == 2 else (batch * self.num_heads, *sizes)
         if attn_mask.shape != expected:
             got = tuple(attn_mask.shape)
-            raise RuntimeError(f"attn_mask: expected shape {expected}, got {got}; {batch_layout(self.batch_first)}")
+            name = "(L, S)" if attn_mask.dim() == 2 else "(N * num_heads, L, S)"
+            raise RuntimeError(
+                f"attn_mask: expected shape {name} = {expected}, got {got}; {batch_layout(self.batch_first)}"
+            )
         if attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         padded: Any = self._padded(attn_mask)
@@ -930,7 +933,8 @@ def check_mask_dtype(name: str, mask: Tensor) -> None:
     """
     checks.check_tensor(name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise AssertionError(f"{name}: expected bool or floating point, got {mask.dtype}")
+        hint = checks.hint_for_integers(name)
+        raise AssertionError(f"{name}: expected bool or floating point, got {mask.dtype}{hint}")
 
 
 def _rotary(rotary: bool | float | None, head_dim: int) -> RotaryEmbedding | None:

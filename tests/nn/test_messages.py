@@ -156,7 +156,7 @@ def test_inputs_that_autocast_does_not_cast(of_module, of_input, kept) -> None:
         ),
         (
             lambda: FusedMultiheadAttention(16, 2)(X, X, X, attn_mask=torch.zeros(5, 5)),
-            r"attn_mask: expected shape \(2, 2\), got \(5, 5\)",
+            r"attn_mask: expected shape \(L, S\) = \(2, 2\), got \(5, 5\)",
         ),
         (lambda: Transformer(**LAYER)(X, Y), "tgt: expected the batch size of src, 5, got 7"),
         (
