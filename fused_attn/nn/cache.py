@@ -229,7 +229,8 @@ class KVCache:
 
         Raises:
             TypeError: length is neither an int nor a tensor that this cache takes.
-            ValueError: length is negative, or not 0 for a `SlidingKVCache`.
+            ValueError: length is negative, or not 0 for a `SlidingKVCache`, or a tensor of another shape or dtype. On
+                a GPU, a negative length in a tensor is taken for 0.
         """
         for layer in self.layers:
             layer.self_attention.crop(length)

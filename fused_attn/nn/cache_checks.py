@@ -7,6 +7,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from fused_attn import modes
 from fused_attn.attention import checks
 
 
@@ -25,6 +26,23 @@ def checked_length(length: int | Tensor) -> int:
     if length < 0:
         raise ValueError(f"length: expected at least 0, got {length}")
     return length
+
+
+def checked_lengths(lengths: Tensor, batch: int) -> Tensor:
+    """The lengths (B,) to which the batch entries of a cache are cropped, none of them negative.
+
+    Raises:
+        ValueError: lengths are no integers (B,), or one is negative. The device does not wait for the second check:
+            there, a negative length is taken for 0.
+    """
+    if lengths.shape != (batch,) or lengths.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"length: expected an int or integers of shape (B,) = ({batch},), got {lengths.dtype} of shape "
+            f"{tuple(lengths.shape)}"
+        )
+    if modes.can_read(lengths) and batch > 0 and (least := int(lengths.min())) < 0:
+        raise ValueError(f"length: expected at least 0, got {least}")
+    return lengths.clamp(min=0)
 
 
 def check_indices(indices: Tensor) -> None:

@@ -359,7 +359,9 @@ def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None
     >>> sampling_probabilities(torch.tensor([[0.0, 0.0, -1.0]]), temperature=1.0, top_k=2, top_p=None)
     tensor([[0.5000, 0.5000, 0.0000]])
     """
-    logits = logits / temperature
+    # The largest logit becomes 0 and stays 0, however small the temperature is. The softmax of nothing but -inf is NaN.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, MINUS_INF)
@@ -434,8 +436,8 @@ def check(
                 f"num_return_sequences: expected at most num_beams={settings.num_beams} with do_sample=False, got "
                 f"{settings.num_return_sequences}"
             )
-    if not settings.temperature > 0.0:
-        raise ValueError(f"temperature: expected a number > 0, got {settings.temperature}")
+    if not (settings.temperature > 0.0 and math.isfinite(settings.temperature)):
+        raise ValueError(f"temperature: expected a finite number > 0, got {settings.temperature}")
     if settings.top_k is not None and settings.top_k < 1:
         raise ValueError(f"top_k: expected None or at least 1, got {settings.top_k}")
     if settings.top_p is not None and not 0.0 < settings.top_p <= 1.0:

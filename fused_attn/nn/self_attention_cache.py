@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn.nn.cache_checks import check_continues, check_count, check_indices, check_pair, checked_length
+from fused_attn.nn.cache_checks import (
+    check_continues,
+    check_count,
+    check_indices,
+    check_pair,
+    checked_length,
+    checked_lengths,
+)
 
 #: Rows of the first buffer of a growing cache without max_length. The buffer doubles whenever it is full.
 MIN_CAPACITY = 16
@@ -273,9 +280,9 @@ class StaticSelfAttentionCache:
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on; see `KVCache.crop`."""
         if isinstance(length, Tensor):
-            self._at_most = None
             if self._rows is not None:
-                self._rows.lengths.clamp_(max=length)
+                self._rows.lengths.clamp_(max=checked_lengths(length, self._rows.lengths.shape[0]))
+            self._at_most = None
             return
         length = checked_length(length)
         if self._at_most is not None:

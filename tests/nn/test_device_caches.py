@@ -293,6 +293,16 @@ def test_errors():
             cache.crop(1.0)
     with pytest.raises(TypeError, match="length: expected an int, got Tensor; StaticKVCache takes a tensor of lengths"):
         KVCache(1).crop(torch.tensor([1]))
+    for length, message in (
+        (
+            torch.tensor([1]),
+            r"length: expected an int or integers of shape \(B,\) = \(2,\), got torch.int64 of shape \(1,\)",
+        ),
+        (torch.tensor([1.0, 1.0]), "length: expected an int or integers of shape .*, got torch.float32"),
+        (torch.tensor([1, -1]), "length: expected at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            static.crop(length)
     with pytest.raises(ValueError, match="max_length: expected at least 1, got 0"):
         StaticKVCache(1, 0)
     with pytest.raises(TypeError, match="window: expected an int, got float"):

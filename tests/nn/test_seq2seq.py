@@ -267,7 +267,11 @@ def test_beam_search_returns_an_unfinished_hypothesis_where_none_ends():
     assert tokens.shape == (len(SRC), 5) and (tokens > EOS).all()
 
 
-@pytest.mark.parametrize("choice", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-9}], ids=lambda x: next(iter(x)))
+@pytest.mark.parametrize(
+    "choice",
+    [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-9}, {"temperature": 1e-60}],
+    ids=lambda x: next(iter(x)),
+)
 def test_sampling_from_one_token_is_greedy(choice):
     model = make_model(seed=3)
     assert torch.equal(model.generate(SRC, 12, do_sample=True, **choice), model.generate(SRC, 12))
@@ -461,7 +465,8 @@ def test_errors_of_the_constructor(arguments, message):
         ({"temperature": 0.5}, "temperature: expected 1.0 with do_sample=False, got 0.5"),
         ({"top_k": 3}, "top_k: expected None with do_sample=False, got 3"),
         ({"top_p": 0.5}, "top_p: expected None with do_sample=False, got 0.5"),
-        ({"do_sample": True, "temperature": 0.0}, "temperature: expected a number > 0, got 0.0"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
+        ({"do_sample": True, "temperature": math.inf}, "temperature: expected a finite number > 0, got inf"),
         ({"do_sample": True, "top_k": 0}, "top_k: expected None or at least 1, got 0"),
         ({"num_beams": 2, "length_penalty": math.nan}, "length_penalty: expected a finite number, got nan"),
         ({"do_sample": True, "top_p": 1.5}, r"top_p: expected None or a number in \(0, 1\], got 1.5"),
