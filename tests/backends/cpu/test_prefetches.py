@@ -16,15 +16,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# One forward and one backward kernel.
+# Kernels of bfloat16 prefetch nothing but what masks need. Those of float32 also prefetch keys and values in forward.
 SOURCE = """
 #include "cpu/backward.h"
 #include "cpu/query_blocks.h"
 
 namespace fused_attn::cpu {
-using Policy = ElementPolicy<float, float, 1>;
-void forward(const AttentionParams& p) { forward_by_query_blocks<Policy>(p); }
-void backward(const AttentionParams& p) { backward_with_policy<Policy>(p); }
+void forward(const AttentionParams& p) { forward_by_query_blocks<ElementPolicy<float, float, 1>>(p); }
+void masked_forward(const AttentionParams& p) { forward_by_query_blocks<ElementPolicy<BFloat16, float, 1>>(p); }
+void masked_backward(const AttentionParams& p) { backward_with_policy<ElementPolicy<BFloat16, float, 1>>(p); }
 }  // namespace fused_attn::cpu
 """
 
@@ -49,8 +49,14 @@ def prefetches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("kernel", ["forward_block", "backward_block"])
-def test_kernels_prefetch(prefetches: dict[str, int], kernel: str) -> None:
-    found = sum(count for function, count in prefetches.items() if kernel in function)
-    # The dense mask and the dense bias, at the least.
-    assert found >= 2, f"{kernel} prefetches nothing; the functions that do: {prefetches}"
+@pytest.mark.parametrize(
+    ("function", "dtype", "least"),
+    [
+        ("forward_block", "BFloat16", 2),  # the dense mask, the dense bias
+        ("backward_block", "BFloat16", 3),  # and the gradient of the dense bias
+        ("forward_block", "ElementPolicyIff", 4),  # the mask, the bias, keys and values
+    ],
+)
+def test_kernels_prefetch(prefetches: dict[str, int], function: str, dtype: str, least: int) -> None:
+    found = sum(count for name, count in prefetches.items() if function in name and dtype in name)
+    assert found >= least, f"{function} of {dtype}: {found} prefetches; the functions that have some: {prefetches}"
