@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,68 +113,37 @@ def fused_attention(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came. The
             contents of key_lengths are checked on the CPU only. Elsewhere, a length counts as the nearest in [0, S].
     """
-    is_direct = modes.is_direct()
-    is_compiling = not is_direct and torch.compiler.is_compiling()
+    can_be_direct = modes.is_direct()
+    is_compiling = not can_be_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     call = plan = None
-    if is_direct:
+    if can_be_direct:
         call = signature.read(
             query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges,
             dropout_p, is_causal, scale, enable_gqa, window_size, softcap, diagonal_alignment, num_splits, backend,
             return_lse, return_max,
         )  # fmt: skip
-        plan = planning.plans.get(call)
-    if call is None:
-        is_direct = False
-        tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges)
-        arguments = (*tensors, dropout_seed)
-        if not is_compiling and (seen := _with_torch_function(*arguments)):
-            return handle_torch_function(
-                fused_attention, seen,
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                key_padding_mask=key_padding_mask, key_lengths=key_lengths, key_ranges=key_ranges,
-                window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
-                dropout_seed=dropout_seed, diagonal_alignment=diagonal_alignment, num_splits=num_splits,
-                return_lse=return_lse, return_max=return_max, backend=backend,
-            )  # fmt: skip
-        if any(hasattr(x, "device_mesh") for x in (query, key, value)):
-            # This import takes time, and only a program that has DTensors needs the module.
-            from fused_attn import sharded
-
-            checks.check_flags(return_lse=return_lse, return_max=return_max)
-            for name, x in (("key_lengths", key_lengths), ("key_ranges", key_ranges)):
-                if x is not None:
-                    expected = "None with DTensors, which key_padding_mask and attn_mask can mask"
-                    raise checks.fail(name, expected, "a tensor")
-            checks.check_diagonal_alignment(diagonal_alignment)
-            if diagonal_alignment != checks.UPPER_LEFT:
-                expected = f"{checks.UPPER_LEFT!r} with DTensors, or causal_lower_right(L, S) as attn_mask"
-                raise checks.fail("diagonal_alignment", expected, repr(diagonal_alignment))
-            return sharded.attention(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-                enable_gqa=enable_gqa, key_padding_mask=key_padding_mask, window_size=window_size, softcap=softcap,
-                relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed, num_splits=num_splits,
-                return_lse=return_lse, return_max=return_max, backend=backend,
-            )  # fmt: skip
-        if jagged.is_nested(query, key, value):
-            masks_given = {
-                "attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "key_lengths": key_lengths,
-                "key_ranges": key_ranges, "num_splits": num_splits,
-            }  # fmt: skip
-            return _nested_attention(
-                query, key, value, masks_given, return_lse=return_lse, return_max=return_max,
-                dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, window_size=window_size,
-                softcap=softcap, relative_bias=relative_bias, sinks=sinks, dropout_seed=dropout_seed,
-                diagonal_alignment=diagonal_alignment, backend=backend,
-            )  # fmt: skip
+        plan = planning.dense.by_signature.get(call)
+    is_direct = call is not None
+    if not is_direct:
+        elsewhere = _of_other_kinds(
+            is_compiling, query, key, value,
+            attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            key_padding_mask=key_padding_mask, key_lengths=key_lengths, key_ranges=key_ranges,
+            window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
+            dropout_seed=dropout_seed, diagonal_alignment=diagonal_alignment, num_splits=num_splits,
+            return_lse=return_lse, return_max=return_max, backend=backend,
+        )  # fmt: skip
+        if elsewhere is not None:
+            return elsewhere
     if plan is None:
         checks.check_flags(return_lse=return_lse, return_max=return_max)
         tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges)
         options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, diagonal_alignment, num_splits)
         plan = planning.plan(is_compiling, tensors, options, backend)
         if call is not None:
-            planning.plans.store(call, plan)
+            planning.dense.store(call, plan)
     problem, layout, chosen = plan
     new_inputs = Inputs if is_compiling else inputs_of
     if layout is not None:
@@ -254,14 +224,14 @@ def fused_attention_varlen(
         TypeError, ValueError: an argument does not fit. The contents of cu_seqlens are checked on the CPU only, because
             the host would have to wait for a GPU.
     """
-    is_direct = modes.is_direct()
-    is_compiling = not is_direct and torch.compiler.is_compiling()
+    can_be_direct = modes.is_direct()
+    is_compiling = not can_be_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks)
     max_seqlens = (max_seqlen_q, max_seqlen_k)
     options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, diagonal_alignment)
-    call = signature.read(*tensors, *max_seqlens, *options, backend, return_lse, return_max) if is_direct else None
+    call = signature.read(*tensors, *max_seqlens, *options, backend, return_lse, return_max) if can_be_direct else None
     is_direct = call is not None
     if not is_direct and not is_compiling and _overrides_functions(*tensors, dropout_seed):
         return handle_torch_function(
@@ -272,12 +242,12 @@ def fused_attention_varlen(
             dropout_seed=dropout_seed, diagonal_alignment=diagonal_alignment,
             return_lse=return_lse, return_max=return_max, backend=backend,
         )  # fmt: skip
-    plan = None if call is None else planning.packed_plans.get(call)
+    plan = None if call is None else planning.packed.by_signature.get(call)
     if plan is None:
         checks.check_flags(return_lse=return_lse, return_max=return_max)
         plan = planning.plan_of_packed(is_compiling, tensors, max_seqlens, options, backend)
         if call is not None:
-            planning.packed_plans.store(call, plan)
+            planning.packed.store(call, plan)
     problem, _, chosen = plan
     # All tensors of a direct call are plain tensors on the CPU: nobody else has a signature.
     if is_direct or (modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k)):
@@ -354,13 +324,13 @@ def fused_attention_paged(
             of keys counts as the nearest in [0, S], and the number of a page as the nearest that exists. The offsets
             must be right there.
     """
-    is_direct = modes.is_direct()
-    is_compiling = not is_direct and torch.compiler.is_compiling()
+    can_be_direct = modes.is_direct()
+    is_compiling = not can_be_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
         query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
     tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask, cu_seqlens_q)
     options = (0.0, is_causal, scale, True, window_size, softcap, checks.LOWER_RIGHT, num_splits)
-    call = signature.read(*tensors, max_seqlen_q, *options, backend, return_lse) if is_direct else None
+    call = signature.read(*tensors, max_seqlen_q, *options, backend, return_lse) if can_be_direct else None
     is_direct = call is not None
     if not is_direct and not is_compiling and _overrides_functions(*tensors):
         return handle_torch_function(
@@ -369,12 +339,12 @@ def fused_attention_paged(
             softcap=softcap, sinks=sinks, num_splits=num_splits, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
             return_lse=return_lse, backend=backend,
         )  # fmt: skip
-    plan = None if call is None else planning.paged_plans.get(call)
+    plan = None if call is None else planning.paged.by_signature.get(call)
     if plan is None:
         checks.check_flag("return_lse", return_lse)
         plan = planning.plan_of_paged(is_compiling, tensors, max_seqlen_q, options, backend)
         if call is not None:
-            planning.paged_plans.store(call, plan)
+            planning.paged.store(call, plan)
     problem, _, chosen = plan
     if torch.is_grad_enabled():
         for name, x in (("query", query), ("key_pages", key_pages), ("value_pages", value_pages), ("sinks", sinks)):
@@ -411,19 +381,34 @@ def _asked_for(
     return (lse,) if return_lse else ()  # type: ignore[return-value]
 
 
+def _of_other_kinds(
+    is_compiling: bool, query: Tensor, key: Tensor, value: Tensor, **others: Any
+) -> Tensor | tuple[Tensor, ...] | None:
+    """`fused_attention` of tensors that override torch functions, of DTensors and of nested tensors; else None.
+
+    others: all other arguments of `fused_attention`
+    """
+    if not is_compiling and (seen := _with_torch_function(query, key, value, **others)):
+        return handle_torch_function(fused_attention, seen, query, key, value, **others)
+    if any(hasattr(x, "device_mesh") for x in (query, key, value)):
+        # This import takes time, and only a program that has DTensors needs the module.
+        from fused_attn import sharded
+
+        return sharded.attention(query, key, value, **others)
+    if jagged.is_nested(query, key, value):
+        return _nested_attention(query, key, value, **others)
+    return None
+
+
 def _nested_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    refused: dict[str, Tensor | int | None],
-    **options,
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool, return_max: bool, **others: Any
 ) -> Tensor | tuple[Tensor, ...]:
     """`fused_attention` of nested tensors (B, heads, length, D): out (B, H, length, Dv), lse and max (B, H, length).
 
-    refused: arguments that must be None, by name
-    options: the other keyword arguments, which `fused_attention_varlen` takes, too
+    others: all other arguments of `fused_attention`. Those that `fused_attention_varlen` does not take must be None.
     """
-    for name, given in refused.items():
+    for name in ("attn_mask", "key_padding_mask", "key_lengths", "key_ranges", "num_splits"):
+        given = others.pop(name)
         if given is not None:
             expected = "None with nested tensors, whose sequences have no padding and are not split"
             if isinstance(given, Tensor) and causal_bias(given) is not None:
@@ -436,8 +421,9 @@ def _nested_attention(
     if value.shape[2] != key.shape[2]:
         raise checks.fail("value", "the offsets of key, the same tensor", "others")
     result = fused_attention_varlen(
-        q.rows, k.rows, v.rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen, **options
-    )
+        q.rows, k.rows, v.rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
+        return_lse=return_lse, return_max=return_max, **others,
+    )  # fmt: skip
     if isinstance(result, Tensor):
         return q.like(result).transpose(1, 2)
     out, *of_rows = result
@@ -483,13 +469,15 @@ def explain(
     return dispatch.explain(problem if device is None else problem.on(device), backend)
 
 
-def _with_torch_function(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others) -> tuple | None:
-    """The arguments if one of them, or a mode, overrides torch functions (``__torch_function__``); otherwise None."""
+def _with_torch_function(
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, **others: Any
+) -> tuple | None:
+    """The tensors if one of them, or a mode, overrides torch functions (``__torch_function__``); otherwise None."""
     if attn_mask is not None and causal_bias(attn_mask) is not None:
         # torch's class of causal biases overrides only SDPA. In every other function, the class would make the output a
         # causal bias, too.
         attn_mask = None
-    seen = (query, key, value, attn_mask, *others)
+    seen = (query, key, value, attn_mask, *(others[name] for name in (*planning.Arguments._fields[4:], "dropout_seed")))
     return seen if _overrides_functions(*seen) else None
 
 

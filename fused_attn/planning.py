@@ -87,20 +87,68 @@ class Options(NamedTuple):
 CACHED_PLANS = 4096
 
 
-class Plans(dict[bytes | None, Plan]):
-    """The plans of one public function by the `signature` of the call. None, a call without a signature, has no plan.
+class Planner:
+    """Finds the plans of one public function. A plan that has been made is found by the metadata of the next call.
 
-    Code that `torch.compile` traces must not read this dict: the traced code would be compiled again when it changes.
+    A call on plain tensors of the CPU has a `signature`, bytes that stand for all metadata. The plan of such a call is
+    found fastest, in `by_signature`. None, a call without a signature, has no plan. Code that `torch.compile` traces
+    must not read `by_signature`: the traced code would be compiled again when the dict changes.
+
+    make: checks the metadata and the options, which it gets in this order, and makes a plan without a backend
     """
 
+    def __init__(self, make: Callable[..., Plan]):
+        self._make = make
+        # The cache is typed. Otherwise is_causal=1, which is an error, would find the plan of is_causal=True.
+        self._cached = functools.lru_cache(CACHED_PLANS, typed=True)(self._with_backend)
+        self.by_signature: dict[bytes | None, Plan] = {}
+
+    def find(self, is_compiling: bool, backend: str | None, *arguments) -> Plan:
+        """The plan of a call, from the cache if possible.
+
+        is_compiling: `torch.compile` traces the call. Sizes may be symbolic then, so the cache is not asked. No
+            backend is chosen.
+        backend: the name that the caller has asked for; None = choose one
+        arguments: what `make` takes
+        """
+        if backend is not None and backend not in dispatch.BACKEND_NAMES:
+            raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
+        if is_compiling:
+            return self._make(*arguments)
+        try:
+            return self._cached(backend, *arguments)
+        except TypeError:
+            if _can_be_hashed(arguments):
+                raise
+        # What cannot be hashed is a wrong argument or a symbolic size, as under `make_fx`. For a wrong argument, `make`
+        # raises an error that names it. For symbolic sizes, the plan is made without the cache.
+        return self._with_backend(backend, *arguments, choose=dispatch.choose.__wrapped__)
+
+    def _with_backend(self, backend: str | None, *arguments, choose=dispatch.choose) -> Plan:
+        found = self._make(*arguments)
+        return found._replace(backend=choose(found.problem, backend))
+
     def store(self, signature: bytes, found: Plan) -> None:
-        """Keeps a plan. A full cache is emptied first."""
-        if len(self) >= CACHED_PLANS:
-            self.clear()
-        self[signature] = found
+        """Keeps the plan of a signature. A full cache is emptied first."""
+        if len(self.by_signature) >= CACHED_PLANS:
+            self.by_signature.clear()
+        self.by_signature[signature] = found
+
+    def clear(self) -> None:
+        """Forgets all plans, for tests that change what a backend can do."""
+        self.by_signature.clear()
+        self._cached.cache_clear()
 
 
-plans, packed_plans, paged_plans = Plans(), Plans(), Plans()
+def _can_be_hashed(arguments: tuple[Any, ...]) -> bool:
+    try:
+        hash(arguments)
+    except TypeError:
+        return False
+    return True
+
+
+# ---- Batches of sequences of equal lengths
 
 
 def plan(is_compiling: bool, tensors: Tensors, options: tuple[Any, ...], backend: str | None) -> Plan:
@@ -112,23 +160,16 @@ def plan(is_compiling: bool, tensors: Tensors, options: tuple[Any, ...], backend
         options: the other arguments in the order of `Options`.
         backend: the name of the backend that the caller has asked for; None = choose one.
     """
-    bias = metadata = None
     options = _with_checked_window(options)
     try:
         bias, metadata = _metadata(*tensors)
-        # Under compilation, sizes are symbolic and cannot be hashed. A cache is not needed, because a trace plans once.
-        return (_plan if is_compiling else cached_plan)(backend, metadata, bias, *options)
-    except (AttributeError, RuntimeError, TypeError) as error:
+    except (AttributeError, RuntimeError, TypeError):
         # If an argument is no tensor, `checks.meta` raises an error that names it. These checks run only after a
         # failure, because they take as long as finding the plan.
         for name, x in zip(Arguments._fields[:3], tensors[:3], strict=True):
             checks.meta(name, x)
-        if metadata is None or "unhashable" not in str(error):
-            raise
-        # What cannot be hashed is a wrong argument or a symbolic size, as under `make_fx`. For a wrong argument,
-        # `_plan` raises an error that names it. For symbolic sizes, the plan is made without the cache.
-        found = _plan(backend, metadata, bias, *options)
-        return found._replace(backend=dispatch.choose.__wrapped__(found.problem, backend))
+        raise
+    return dense.find(is_compiling, backend, metadata, bias, *options)
 
 
 def _metadata(
@@ -147,14 +188,14 @@ def _metadata(
     )
 
 
-def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, *options) -> Plan:
-    """The plan without a chosen backend.
+def _dense_plan(metadata: Metadata, bias: CausalBiasMeta | None, *options) -> Plan:
+    """Checks all arguments and makes the plan, without a chosen backend. options: the fields of `Options`.
 
     If the shapes are wrong but would be right as (B, L, H, D), the error message says so.
     """
     arguments, options = Arguments._make(None if x is None else Meta(*x) for x in metadata), Options(*options)
     try:
-        return _checked_plan(backend, arguments, bias, options)
+        return _checked_plan(arguments, bias, options)
     except ValueError as error:
         swapped = checks.with_heads_and_rows_swapped(arguments.query, arguments.key, arguments.value)
         if swapped is None:
@@ -163,7 +204,7 @@ def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, 
         for enable_gqa in (options.enable_gqa, True):
             try:
                 others = options._replace(enable_gqa=enable_gqa)
-                _checked_plan(backend, arguments._replace(query=query, key=key, value=value), bias, others)
+                _checked_plan(arguments._replace(query=query, key=key, value=value), bias, others)
             except (TypeError, ValueError):
                 continue
             also = "" if options.enable_gqa or not enable_gqa else ", with enable_gqa=True"
@@ -173,22 +214,9 @@ def _plan(backend: str | None, metadata: Metadata, bias: CausalBiasMeta | None, 
         raise
 
 
-# The cache is typed. Otherwise is_causal=1, which is an error, would find the plan of is_causal=True.
-@functools.lru_cache(CACHED_PLANS, typed=True)
-def cached_plan(backend: str | None, *arguments) -> Plan:
-    """The plan of a call whose metadata and options can be hashed, with a chosen backend.
-
-    arguments: the metadata; a causal bias or None; the fields of `Options` one by one
-    """
-    found = _plan(backend, *arguments)
-    return found._replace(backend=dispatch.choose(found.problem, backend))
-
-
-def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMeta | None, options: Options) -> Plan:
-    """Checks all arguments and makes the plan, without a chosen backend."""
+def _checked_plan(arguments: Arguments, bias: CausalBiasMeta | None, options: Options) -> Plan:
+    """`_dense_plan`, without that hint."""
     query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges = arguments
-    if backend is not None and backend not in dispatch.BACKEND_NAMES:
-        raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
     checks.check_query_key_value(query, key, value, min_dim=2)
     _check_options(options, query.dtype)
     if value.shape[-2] != key.shape[-2]:
@@ -209,7 +237,7 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
     if key_ranges is not None:
         checks.check_key_ranges(key_ranges, query, (*layout.batch_shape, layout.num_heads, seqlen_q))
     if relative_bias is not None:
-        checks.check_relative_bias(relative_bias, query, layout.num_heads, max(seqlen_q + seqlen_k - 1, 0))
+        checks.check_relative_bias(relative_bias, query, layout.num_heads, seqlen_q, seqlen_k)
     if sinks is not None:
         checks.check_sinks(sinks, query, layout.num_heads)
     is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
@@ -230,6 +258,9 @@ def _checked_plan(backend: str | None, arguments: Arguments, bias: CausalBiasMet
     scalars = _scalars(shapes, options, _band(shapes, options, bias))
     problem = AttentionProblem.of(shapes, query.dtype, query.device, scalars)
     return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout, None)
+
+
+dense = Planner(_dense_plan)
 
 
 # ---- Packed sequences
@@ -264,12 +295,10 @@ def plan_of_packed(
     max_seqlens: the longest sequence of queries, and that of keys
     """
     metadata, options = _metadata_of_five(PackedArguments, tensors), _with_checked_window(options)
-    return _found(cached_packed_plan, _packed_plan, is_compiling, backend, metadata, *max_seqlens, *options)
+    return packed.find(is_compiling, backend, metadata, *max_seqlens, *options)
 
 
-def _packed_plan(
-    backend: str | None, metadata: PackedArguments, max_seqlen_q: int, max_seqlen_k: int, *options: Any
-) -> Plan:
+def _packed_plan(metadata: PackedArguments, max_seqlen_q: int, max_seqlen_k: int, *options: Any) -> Plan:
     """Checks all arguments and makes the plan, without a chosen backend. options: the fields of `Options`."""
     query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks = metadata
     options = Options(*options)
@@ -291,7 +320,8 @@ def _packed_plan(
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     checks.check_heads(num_heads, num_kv_heads, num_kv_heads, options.enable_gqa)
     if relative_bias is not None:
-        checks.check_relative_bias(relative_bias, query, num_heads, max(max_seqlen_q + max_seqlen_k - 1, 0))
+        lengths = "max_seqlen_q + max_seqlen_k"
+        checks.check_relative_bias(relative_bias, query, num_heads, max_seqlen_q, max_seqlen_k, lengths)
     if sinks is not None:
         checks.check_sinks(sinks, query, num_heads)
     shapes = Shapes(
@@ -308,14 +338,7 @@ def _packed_plan(
     return Plan(AttentionProblem.of(shapes, query.dtype, query.device, scalars), None, None)
 
 
-@functools.lru_cache(CACHED_PLANS, typed=True)
-def cached_packed_plan(backend: str | None, *arguments) -> Plan:
-    """The plan of a packed call whose metadata and options can be hashed, with a chosen backend.
-
-    arguments: the metadata; max_seqlen_q; max_seqlen_k; the fields of `Options` one by one
-    """
-    found = _packed_plan(backend, *arguments)
-    return found._replace(backend=dispatch.choose(found.problem, backend))
+packed = Planner(_packed_plan)
 
 
 # ---- Keys and values in pages
@@ -350,13 +373,11 @@ def plan_of_paged(
     tensors: in the order of `PagedArguments`
     """
     metadata, options = _metadata_of_five(PagedArguments, tensors), _with_checked_window(options)
-    return _found(cached_paged_plan, _paged_plan, is_compiling, backend, metadata, max_seqlen_q, *options)
+    return paged.find(is_compiling, backend, metadata, max_seqlen_q, *options)
 
 
-def _paged_plan(backend: str | None, metadata: PagedArguments, max_seqlen_q: int | None, *options: Any) -> Plan:
+def _paged_plan(metadata: PagedArguments, max_seqlen_q: int | None, *options: Any) -> Plan:
     """Checks all arguments and makes the plan, without a chosen backend. options: the fields of `Options`."""
-    if backend is not None and backend not in dispatch.BACKEND_NAMES:
-        raise checks.fail("backend", f"None or one of {dispatch.BACKEND_NAMES}", repr(backend))
     query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask, cu_seqlens_q = metadata
     checked = Options(*options)
     rank, dims = 4, "(B, H, L, D), or three dimensions with cu_seqlens_q"
@@ -428,14 +449,7 @@ def _packed_queries(
     return cu_seqlens_q.shape[0] - 1, max_seqlen_q
 
 
-@functools.lru_cache(CACHED_PLANS, typed=True)
-def cached_paged_plan(backend: str | None, *arguments) -> Plan:
-    """The plan of a paged call whose metadata and options can be hashed, with a chosen backend.
-
-    arguments: the metadata; max_seqlen_q; the fields of `Options` one by one
-    """
-    found = _paged_plan(backend, *arguments)
-    return found._replace(backend=dispatch.choose(found.problem, backend))
+paged = Planner(_paged_plan)
 
 
 # ---- What packed and paged calls share: the first five tensors are required
@@ -446,21 +460,6 @@ def _metadata_of_five(kind: type[Fields], tensors: tuple[Tensor | None, ...]) ->
     required: Any = tensors[:5]  # `checks.meta` raises an error for None
     names = kind._fields
     return kind._make((*map(checks.meta, names[:5], required), *map(checks.optional_meta, names[5:], tensors[5:])))
-
-
-def _found(
-    cached: Callable[..., Plan], make: Callable[..., Plan], is_compiling: bool, backend: str | None, *arguments
-) -> Plan:
-    """The plan from the cache of `cached`, or a new one by `make`. Under compilation, no backend is chosen."""
-    if is_compiling:
-        return make(backend, *arguments)
-    try:
-        return cached(backend, *arguments)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        found = make(backend, *arguments)  # Sizes are symbolic, or an argument is wrong: then this raises.
-        return found._replace(backend=dispatch.choose.__wrapped__(found.problem, backend))
 
 
 # ---- What all calls share

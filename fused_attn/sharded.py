@@ -118,19 +118,37 @@ class _Sharing(NamedTuple):
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, sinks: Tensor | None, return_lse: bool, return_max: bool, **options
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    sinks: Tensor | None,
+    diagonal_alignment: str,
+    return_lse: bool,
+    return_max: bool,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, ...]:
     """`fused_attention` of DTensors, with the same arguments. The results are DTensors, placed as the query is.
 
     - query, key and value are DTensors (B, heads, rows, columns) on one mesh, replicated or sharded by batch and heads.
     - The other tensors are DTensors of the same mesh, or plain tensors that are the same on all ranks. The gradient of
       a plain tensor is the whole one, on every rank.
+    - key_lengths, key_ranges and a lower-right diagonal_alignment are refused.
     - Without a dropout_seed, the first rank of the mesh draws one for all.
 
     Raises:
         TypeError, ValueError: as `fused_attention`; also for shards of the sequence or of the head dim, and if the
             ranks that share the heads do not divide their number.
     """
+    checks.check_flags(return_lse=return_lse, return_max=return_max)
+    for name in ("key_lengths", "key_ranges"):
+        if options.pop(name) is not None:
+            expected = "None with DTensors, which key_padding_mask and attn_mask can mask"
+            raise checks.fail(name, expected, "a tensor")
+    checks.check_diagonal_alignment(diagonal_alignment)
+    if diagonal_alignment != checks.UPPER_LEFT:
+        expected = f"{checks.UPPER_LEFT!r} with DTensors, or causal_lower_right(L, S) as attn_mask"
+        raise checks.fail("diagonal_alignment", expected, repr(diagonal_alignment))
     given = PartialOptions(**options)
     sharing = _Sharing.of({"query": query, "key": key, "value": value})
     _check_whole(query, key, value, sinks, given)

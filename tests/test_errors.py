@@ -190,6 +190,7 @@ TABLE = {
         ValueError,
         r"window_size: expected \(left, right\), two ints >= -1 .* got \(1, 2, 3\)",
     ),
+    "window-str": (call(window_size="12"), ValueError, r"window_size: expected \(left, right\), .* got '12'"),
     "window-negative": (call(window_size=(-2, 0)), ValueError, r"window_size: expected \(left, right\)"),
     "window-float": (call(window_size=(1.5, 0)), ValueError, r"window_size: expected \(left, right\)"),
     "alignment-other": (
@@ -659,7 +660,7 @@ VARLEN = {
     "relative-shape": (
         varlen(relative_bias=torch.zeros(2, 11)),
         ValueError,
-        r"relative_bias: expected shape .* \(2, 9\)",
+        r"relative_bias: expected shape \(H, max_seqlen_q \+ max_seqlen_k - 1\) = \(2, 9\)",
     ),
 }
 

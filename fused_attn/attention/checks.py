@@ -187,6 +187,15 @@ def check_number(name: str, x: float) -> None:
         raise wrong_type(name, "a number", x)
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Checks that the kernels can compute with this dtype."""
+    expected = f"None or one of {', '.join(map(str, DTYPES))}"
+    if not isinstance(dtype, torch.dtype):
+        raise wrong_type(name, expected, dtype)
+    if dtype not in DTYPES:
+        raise fail(name, expected, dtype)
+
+
 def check_tensor(name: str, x: Tensor) -> None:
     """Checks that x is a tensor, of any kind."""
     if not isinstance(x, Tensor):
@@ -213,7 +222,7 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
         return UNBOUNDED, UNBOUNDED
     is_pair = isinstance(window_size, Sequence) and len(window_size) == 2
     if not is_pair or not all(_is_int(x) and x >= UNBOUNDED for x in window_size):
-        raise fail("window_size", "(left, right), two ints >= -1 (-1 = unbounded)", window_size)
+        raise fail("window_size", "(left, right), two ints >= -1 (-1 = unbounded)", repr(window_size))
     # A side of 2**62 or more is wider than any sequence, so it counts as unbounded. As a number, it could overflow the
     # 64-bit integers in which positions are compared.
     left, right = (int(x) if x < 2**62 else UNBOUNDED for x in window_size)
@@ -330,13 +339,16 @@ def check_num_splits(num_splits: int | None) -> int:
     return num_splits
 
 
-def check_relative_bias(bias: Meta, query: Meta, num_heads: int, columns: int) -> None:
-    """Checks dtype, device and shape of relative_bias. `columns` is the number of distances, L + S - 1."""
+def check_relative_bias(
+    bias: Meta, query: Meta, num_heads: int, seqlen_q: int, seqlen_k: int, lengths: str = "L + S"
+) -> None:
+    """Checks dtype, device and shape of relative_bias. lengths: the names of seqlen_q and seqlen_k, for the message."""
+    columns = max(seqlen_q + seqlen_k - 1, 0)
     _check_learned("relative_bias", bias, query)
     if tuple(bias.shape) not in ((num_heads, columns), (columns,)):
         raise fail(
             "relative_bias",
-            f"shape (H, L + S - 1) = {(num_heads, columns)} or (L + S - 1,) = {(columns,)}",
+            f"shape (H, {lengths} - 1) = {(num_heads, columns)} or ({lengths} - 1,) = {(columns,)}",
             _shape(bias),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,7 +27,14 @@ METHODS = ("auto", "ring", "ulysses")
 #: `cheapest_method` takes time, because it counts the blocks of all pairs of ranks. All layers of a model ask the same.
 _cheapest_method = functools.lru_cache(maxsize=256)(cheapest_method)
 #: The options of `PartialOptions` that a shared sequence sets itself, or cannot have.
-_REFUSED = ("attn_mask", "query_offset", "key_offset", "batch_offset", "head_offset", "seqlen_q", "packed")
+#: Options of `attention_partial` that a shared sequence does not take: name -> the reason.
+_REFUSED = {
+    "attn_mask": "because no rank holds whole rows of scores; is_causal, window_size and relative_bias take no mask",
+    **dict.fromkeys(
+        ("query_offset", "key_offset", "batch_offset", "head_offset", "seqlen_q", "packed"),
+        "because the shards say where their rows stand",
+    ),
+}
 
 
 def context_parallel_attention(
@@ -157,15 +163,19 @@ def context_parallel_attention_varlen(
     """
     chosen = _options("context_parallel_attention_varlen", method, options)
     checks.check_flags(compare_ranks=compare_ranks, return_lse=return_lse)
-    for name in ("key_padding_mask", "num_splits"):
-        if getattr(chosen, name) is not None:
-            raise checks.fail(name, "no such option for packed sequences", "one")
+    if chosen.key_padding_mask is not None:
+        raise checks.fail("key_padding_mask", "None with packed sequences, which have no padding", "a tensor")
+    if chosen.num_splits is not None:
+        raise checks.fail("num_splits", "None with packed sequences, whose keys are not split", chosen.num_splits)
     documents = _documents(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, chosen)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, rows, columns)
     group = group_of(mesh)
     described = None
     if compare_ranks and dist.get_world_size(group) > 1:
-        described = (*_described(query, key, value, sinks, method, chosen), documents, max_seqlen_q, max_seqlen_k)
+        described = {
+            **_described(query, key, value, sinks, method, chosen), "cu_seqlens_q": documents.query,
+            "cu_seqlens_k": documents.key, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k,
+        }  # fmt: skip
     seqlens = documents.query[-1], documents.key[-1]
     sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     positions = Positions(sharded_q, sharded_k, _band(chosen), are_needed=True, documents=documents)
@@ -179,11 +189,9 @@ def _options(function: str, method: str, options: dict[str, Any]) -> PartialOpti
     """The checked options of a call. function: its name, for the error."""
     if method not in METHODS:
         raise checks.fail("method", f"one of {METHODS}", repr(method))
-    for name in _REFUSED:
-        if options.get(name) is not None:
-            raise checks.fail(
-                name, "no such option for a shared sequence; see the documentation for those there are", "one"
-            )
+    for name, reason in _REFUSED.items():
+        if (given := options.get(name)) is not None:
+            raise checks.fail(name, f"None for a shared sequence, {reason}", _shape_or_value(given))
     chosen = PartialOptions.of(function, options)
     if chosen.dropout_seed is not None:
         checks.check_dropout_seed(chosen.dropout_seed)
@@ -324,30 +332,36 @@ def _documents(
 
 def _described(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, method: str, options: PartialOptions
-) -> tuple:
-    """What must be the same on all ranks, as values that can be printed."""
-    # All ranks add up the gradients of these two tensors. A rank without such a gradient would let the others wait.
-    of_all_ranks = (sinks, options.relative_bias)
-    flags = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (query, key, value, *of_all_ranks)]
-    of_options = [
-        (name, tuple(x.shape) if isinstance(x, Tensor) else x)
-        for name, x in sorted(vars(options).items())
-        if name not in ("key_padding_mask", "backend")
-    ]
-    return (
-        query.shape[:2], key.shape[:2], query.shape[3], value.shape[3], query.dtype, method, flags,
-        *of_options, options.key_padding_mask is None,
-        *(None if x is None else (tuple(x.shape), x.dtype) for x in of_all_ranks),
-    )  # fmt: skip
+) -> dict[str, Any]:
+    """What must be the same on all ranks: name of an argument -> value that can be printed."""
+    described: dict[str, Any] = {"method": method}
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        described[name] = f"{x.dtype} of {x.shape[0]} batch entries, {x.shape[1]} heads and head dim {x.shape[3]}"
+    for name, option in vars(options).items():
+        if name == "key_padding_mask":
+            described[name] = "None" if option is None else "a mask"
+        elif name != "backend":
+            described[name] = _shape_or_value(option)
+    described["sinks"] = _shape_or_value(sinks)
+    # All ranks add up the gradients of these tensors. A rank without such a gradient would let the others wait.
+    summed: dict[str, Tensor | None]
+    summed = {"query": query, "key": key, "value": value, "sinks": sinks, "relative_bias": options.relative_bias}
+    for name, tensor in summed.items():
+        is_required = tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+        described[f"{name}.requires_grad"] = is_required
+    return described
 
 
-def _fingerprint(described: tuple) -> int:
-    """A number of 63 bits that differs for nearly all different descriptions."""
-    return int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:8], "big") >> 1
+def _shape_or_value(x: Any) -> Any:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else x
 
 
 def _shardings(
-    group: dist.ProcessGroup, query: Tensor, key: Tensor, seqlens: tuple[int, int] | None, described: tuple | None
+    group: dist.ProcessGroup,
+    query: Tensor,
+    key: Tensor,
+    seqlens: tuple[int, int] | None,
+    described: dict[str, Any] | None,
 ) -> list[Sharding]:
     """The shardings of queries and keys (B, heads, rows of this rank, columns).
 
@@ -356,7 +370,7 @@ def _shardings(
     """
     if described is not None:
         lengths = {"query": query.shape[2], "key": key.shape[2]}
-        found = shardings_of(lengths, group, query.device, _fingerprint(described))
+        found = shardings_of(lengths, group, query.device, described)
         for name, sharding, length in zip(lengths, found, seqlens or (), strict=False):
             if sharding.length != length:
                 raise checks.fail(name, f"{length} rows on all ranks together", sharding.length)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 
 _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_COUNTS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_COUNTS = {"": 1, "K": 2**10, "k": 2**10, "M": 2**20, "G": 2**30}
 _BANDWIDTHS = {
     f"{prefix}{symbol}/s": factor * size
     for prefix, factor in _DECIMAL.items()

@@ -7,6 +7,7 @@ late queries see more keys than early ones. A rank with an early and a late chun
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -206,24 +207,24 @@ def shard_positions(
 
 
 def shardings_of(
-    lengths: dict[str, int], group: dist.ProcessGroup, device: torch.device, fingerprint: int = 0
+    lengths: dict[str, int], group: dist.ProcessGroup, device: torch.device, described: Mapping[str, Any] | None = None
 ) -> list[Sharding]:
     """The `Sharding` of each named tensor, from the lengths of all shards. The host waits for a small collective.
 
-    fingerprint: a number that must be the same on all ranks, because it stands for the other arguments
+    described: what else must be the same on all ranks: name of an argument -> value that can be printed
 
     Raises:
         ValueError: on every rank alike, if the shards of a tensor are not those of `shard_sequence`, or if the
-            fingerprints differ.
+            other arguments differ.
     """
     world = dist.get_world_size(group)
-    own = torch.tensor([*lengths.values(), fingerprint], dtype=torch.int64, device=device)
+    described = described or {}
+    own = torch.tensor([*lengths.values(), _fingerprint(described)], dtype=torch.int64, device=device)
     gathered = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(gathered, own, group=group)
     *rows_of_ranks, fingerprints = torch.stack(gathered).t().tolist()  # (tensors, ranks)
     if len(set(fingerprints)) > 1:
-        differing = [rank for rank, x in enumerate(fingerprints) if x != fingerprints[0]]
-        raise checks.fail("options and shapes", "the same on all ranks", f"others on the ranks {differing} than on 0")
+        raise _of_different_ranks(described, group)
     found = []
     for name, rows in zip(lengths, rows_of_ranks, strict=True):
         sharding = Sharding.of(sum(rows), world)
@@ -232,3 +233,17 @@ def shardings_of(
             raise checks.fail(name, f"shards as shard_sequence makes them, of {expected} rows", f"{list(rows)}")
         found.append(sharding)
     return found
+
+
+def _fingerprint(described: Mapping[str, Any]) -> int:
+    """A number of 63 bits that differs for nearly all different descriptions."""
+    return int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:8], "big") >> 1
+
+
+def _of_different_ranks(described: Mapping[str, Any], group: dist.ProcessGroup) -> ValueError:
+    """The error that names the first argument that is not the same on all ranks. All ranks must call this function."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, {name: repr(x) for name, x in described.items()}, group=group)
+    name = next(name for name in gathered[0] if any(x[name] != gathered[0][name] for x in gathered))
+    values = ", ".join(f"{x[name]} on rank {rank}" for rank, x in enumerate(gathered))
+    return checks.fail(name, "the same on all ranks", values)

@@ -164,6 +164,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 f"relative_bias: expected a callable (seqlen_q, seqlen_k) -> (H, L + S - 1), "
                 f"got {type(relative_bias).__name__}"
             )
+        heads_of_bias = getattr(relative_bias, "num_heads", num_heads)
+        if heads_of_bias != num_heads:
+            raise ValueError(
+                f"relative_bias: expected a {type(relative_bias).__name__} with num_heads={num_heads}, got one with "
+                f"num_heads={heads_of_bias}"
+            )
         if relative_bias is not None and (add_bias_kv or add_zero_attn):
             raise ValueError(
                 "relative_bias: expected None with add_bias_kv or add_zero_attn, whose rows are at no distance from "
@@ -687,7 +693,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         by_distance: Any = self.relative_bias
         bias = by_distance(seqlen_q, seqlen_k)
         metas = checks.meta("relative_bias", bias), checks.meta("query", q)
-        checks.check_relative_bias(*metas, self.num_heads, max(seqlen_q + seqlen_k - 1, 0))
+        checks.check_relative_bias(*metas, self.num_heads, seqlen_q, seqlen_k)
         return bias
 
     def _append_rows(self, x: Tensor, row: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from fused_attn.attention import checks
@@ -38,6 +40,8 @@ def convert_attention(model: nn.Module, backend: str | None = None, *, skip_padd
     - instances of subclasses of `nn.MultiheadAttention`; parametrised modules are such instances,
     - modules with a forward of their own.
 
+    A model without any of these modules, such as most models of Hugging Face, is returned as it is, with a warning.
+
     If ``compile()`` was called on a module that is replaced, the new module is not compiled.
 
     Args:
@@ -56,6 +60,12 @@ def convert_attention(model: nn.Module, backend: str | None = None, *, skip_padd
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_backend(backend)
     checks.check_flag("skip_padded_queries", skip_padded_queries)
+    if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        warnings.warn(
+            f"convert_attention: {type(model).__name__} holds no torch.nn.MultiheadAttention, so nothing has changed. "
+            "For a model of Hugging Face, see docs/huggingface.md.",
+            stacklevel=2,
+        )
     fused = replace_attention(model, backend, skip_padded_queries)
     convert_layers(model)
     return fused.get(model, model)

@@ -490,6 +490,11 @@ def _check_prefix(model: Model, src: Tensor, prefix: Tensor, settings: Settings)
         raise TypeError(f"prefix: expected int64 or int32 tokens, got {prefix.dtype}")
     if prefix.dim() != 2 or prefix.shape[0] != src.shape[0]:
         raise ValueError(f"prefix: expected shape (B, P) with B = {src.shape[0]}, got {tuple(prefix.shape)}")
+    vocab = model.tgt_embedding.num_embeddings
+    if prefix.numel():
+        least, greatest = (x.item() for x in prefix.aminmax())
+        if not 0 <= least <= greatest < vocab:
+            raise ValueError(f"prefix: expected tokens in [0, {vocab}), got {least} to {greatest}")
     most = model.max_len - settings.max_new_tokens
     if prefix.shape[1] > most:
         raise ValueError(f"prefix: expected at most max_len - max_new_tokens = {most} tokens, got {prefix.shape[1]}")

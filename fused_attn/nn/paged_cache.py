@@ -84,6 +84,8 @@ class PagedKVCache:
         for name, size in sizes.items():
             if not _is_int(size) or size < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+        if dtype is not None:
+            checks.check_dtype("dtype", dtype)
         with torch.inference_mode(False):  # a tensor of inference mode could not be written outside of it
             self.key_pages, self.value_pages = (
                 torch.zeros(num_pages, num_kv_heads, page_size, dim, dtype=dtype, device=device).transpose(1, 2)

@@ -118,6 +118,7 @@ class T5RelativeBias(nn.Module):
         check_buckets("num_buckets", num_buckets, bidirectional, max_distance)
         if num_heads < 1:
             raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+        self.num_heads = num_heads
         self.bidirectional = bidirectional
         self.max_distance = max_distance
         self.weight = nn.Parameter(torch.empty(num_buckets, num_heads, device=device, dtype=dtype))
@@ -138,8 +139,7 @@ class T5RelativeBias(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments, for ``print(module)``."""
-        num_buckets, num_heads = self.weight.shape
         return (
-            f"num_buckets={num_buckets}, num_heads={num_heads}, bidirectional={self.bidirectional}, "
+            f"num_buckets={self.weight.shape[0]}, num_heads={self.num_heads}, bidirectional={self.bidirectional}, "
             f"max_distance={self.max_distance}"
         )

@@ -117,9 +117,9 @@ def test_a_wrong_window_does_not_find_the_plan_of_an_equal_one(window):
 
 def test_plans_are_kept_up_to_a_number(monkeypatch):
     monkeypatch.setattr(planning, "CACHED_PLANS", 3)
-    plans = planning.Plans()
+    planner = planning.Planner(lambda: None)
     made = [object() for _ in range(5)]
     for i, plan in enumerate(made):
-        plans.store(bytes([i]), plan)
-        assert plans.get(bytes([i])) is plan
-        assert len(plans) <= 3
+        planner.store(bytes([i]), plan)
+        assert planner.by_signature[bytes([i])] is plan
+        assert len(planner.by_signature) <= 3

@@ -151,8 +151,7 @@ def running_both_kinds() -> Iterator[None]:
 
 def _forget_plans() -> None:
     """Clears the caches of plans, which hold the architecture and the kernels that were chosen before."""
-    plans = (planning.cached_plan, planning.cached_packed_plan, planning.cached_paged_plan)
-    for function in (*plans, ops._problem_of_shapes, dispatch.choose, cuda._config, cuda_workspace.workspace_bytes):
+    for planner in (planning.dense, planning.packed, planning.paged):
+        planner.clear()
+    for function in (ops._problem_of_shapes, dispatch.choose, cuda._config, cuda_workspace.workspace_bytes):
         function.cache_clear()
-    for kept in (planning.plans, planning.packed_plans, planning.paged_plans):
-        kept.clear()

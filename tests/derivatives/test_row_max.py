@@ -123,8 +123,7 @@ def test_the_maximum_is_computed_only_where_it_is_asked_for(qkv: list[Tensor], m
 
     monkeypatch.setattr(cpu, "forward", forward)
     monkeypatch.setattr(cpu, "unsupported_reasons", lambda problem: [])
-    fused_attn.planning.plans.clear()
-    fused_attn.planning.cached_plan.cache_clear()
+    fused_attn.planning.dense.clear()
     fused_attn.backends.dispatch.choose.cache_clear()
     fused_attention(*qkv)
     fused_attention(*qkv, return_lse=True)

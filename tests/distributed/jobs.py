@@ -124,13 +124,13 @@ WRONG_CALLS = {
     "alignment of DTensors": "diagonal_alignment: expected 'upper_left' with DTensors, or causal_lower_right",
     "second derivative": "there are no second derivatives",
     "offsets of fewer rows": "query: expected 15 rows on all ranks together, got 16",
-    "other offsets": "options and shapes: expected the same on all ranks",
-    "sinks of one rank": "options and shapes: expected the same on all ranks",
-    "gradient of one rank's bias": "options and shapes: expected the same on all ranks",
+    "other offsets": "cu_seqlens_q: expected the same on all ranks, got ",
+    "sinks of one rank": "sinks: expected the same on all ranks, got ",
+    "gradient of one rank's bias": "relative_bias.requires_grad: expected the same on all ranks, got ",
     "sinks as a list": "sinks: expected a",
     "padding as a list": "key_padding_mask: expected a",
     "padding of the whole sequence": "key_padding_mask: expected shape (B, S of this rank) = (1, 8)",
-    "padding of packed rows": "key_padding_mask: expected no such option for packed sequences",
+    "padding of packed rows": "key_padding_mask: expected None with packed sequences",
 }
 
 

@@ -211,7 +211,7 @@ def test_lengths_that_do_not_divide_are_mentioned(capsys) -> None:
 
 @pytest.mark.quick
 def test_units() -> None:
-    assert quantities.count("4M") == 4 * 1024 * 1024 and quantities.count("1.5K") == 1536
+    assert quantities.count("4M") == 4 * 1024 * 1024 and quantities.count("1.5K") == 1536 == quantities.count("1.5k")
     assert quantities.bandwidth("400Gb/s") == quantities.bandwidth("50 GB/s") == 5e10
     assert quantities.duration("12us") == pytest.approx(1.2e-5)
     assert quantities.size("80GB") == 8e10

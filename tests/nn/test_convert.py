@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -134,6 +135,20 @@ class OwnForward(nn.MultiheadAttention):
 
 class OwnName(nn.MultiheadAttention):
     pass
+
+
+def test_a_model_without_attention_is_returned_with_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(E, E))
+    with pytest.warns(UserWarning, match=r"Sequential holds no torch\.nn\.MultiheadAttention, so nothing") as record:
+        assert convert_attention(model) is model
+    assert record[0].filename == __file__
+
+
+def test_a_second_conversion_is_silent() -> None:
+    model = convert_attention(nn.ModuleList([nn.MultiheadAttention(E, H)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_attention(model)
 
 
 def test_attention_of_other_classes_and_with_a_forward_of_its_own_is_left_alone() -> None:

@@ -366,6 +366,7 @@ def test_checkpointed_layers_generate():
         ({"prefix": torch.ones(6, 2)}, TypeError, "prefix: expected int64 or int32 tokens, got torch.float32"),
         ({"prefix": SRC[:2]}, ValueError, r"prefix: expected shape \(B, P\) with B = 6, got \(2, 9\)"),
         ({"prefix": torch.ones(6, 29).int()}, ValueError, "prefix: expected at most max_len - max_new_tokens = 28"),
+        ({"prefix": torch.tensor([[3, 9]] * 6)}, ValueError, r"prefix: expected tokens in \[0, 9\), got 3 to 9"),
         ({"prefix": torch.tensor([[PAD, 3]] * 6)}, ValueError, "prefix: expected padding behind the tokens"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",

@@ -9,6 +9,7 @@ from torch import nn
 
 import fused_attn
 from fused_attn import FusedMultiheadAttention, Seq2SeqTransformer, Transformer, TransformerDecoder, TransformerEncoder
+from fused_attn.nn import T5RelativeBias
 
 pytestmark = pytest.mark.quick
 
@@ -56,6 +57,12 @@ def test_dropout_is_checked_by_the_constructor(module, dropout, exception, messa
 def test_sizes_of_attention(change, exception, message) -> None:
     with pytest.raises(exception, match=message):
         FusedMultiheadAttention(**ATTENTION | change)
+
+
+def test_a_bias_of_other_heads_is_found_by_the_constructor() -> None:
+    message = "relative_bias: expected a T5RelativeBias with num_heads=2, got one with num_heads=8"
+    with pytest.raises(ValueError, match=message):  # the first argument of T5RelativeBias is num_buckets
+        FusedMultiheadAttention(16, 2, relative_bias=T5RelativeBias(4))
 
 
 @pytest.mark.parametrize("module", LAYERS)

@@ -197,6 +197,13 @@ def test_errors(call, message: str) -> None:
         call(cache)
 
 
+def test_a_dtype_without_kernels_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"dtype: expected None or one of torch.float16, .*, got str 'float16'"):
+        PagedKVCache(4, 2, 2, 4, dtype="float16")
+    with pytest.raises(ValueError, match=r"dtype: expected None or one of torch.float16, .*, got torch.int8"):
+        PagedKVCache(4, 2, 2, 4, dtype=torch.int8)
+
+
 def test_a_refused_reorder_changes_nothing() -> None:
     cache = make(4, 2)
     beams = [cache.add(), cache.add()]
