@@ -336,23 +336,38 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         average_weights is None if no weights are wanted.
         """
         need_weights = average_weights is not None
-        is_self, shares_kv = query is key and key is value, key is value
+        is_batched = query.dim() == 3
+        seq_dim = 1 if self.batch_first or not is_batched else 0
+        rows = self._projected_rows(query, key, value, seq_dim, cache)
+        if not is_batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        if isinstance(rows.cached, PagedRows):
+            return self._merge_heads(self._paged_attention(rows.q, rows.cached), seq_dim, is_batched), None
+        mask = self._mask_of_call(rows, key_padding_mask, attn_mask, is_causal, need_weights)
         skips_padding = self.skip_padded_queries and query is key and cache is None and not need_weights
+        out, weights = self._attention(rows, mask, key_padding_mask, average_weights, skips_padding)
+        if weights is not None and not is_batched:
+            weights = weights.squeeze(0)
+        return self._merge_heads(out, seq_dim, is_batched), weights
 
-        # Project the inputs to q (N, H, L, D), k and v (N, Hkv, S, D), or take k and v from the cache.
+    def _projected_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, seq_dim: int, cache: AttentionCache | None
+    ) -> _Rows:
+        """The first step of a call: the projections of the inputs, after the rows that the cache holds.
+
+        A `CrossAttentionCache` that is filled has the projections of key and value, so these are not computed.
+
+        seq_dim: the dimension of the inputs that counts positions, once they have a dimension for the batch
+        """
+        is_self, shares_kv = query is key and key is value, key is value
         store: Any = cache  # typed as Any, because only a cache that is filled once has `get`
         stored = store.get(key) if cache is not None and cache.is_filled_once else None
-        memory, is_batched = key, query.dim() == 3
-        if not is_batched:
+        memory = key
+        if query.dim() != 3:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        seq_dim = 1 if self.batch_first or not is_batched else 0
-        seqlen_q, batch = query.shape[seq_dim], query.shape[1 - seq_dim]
-
         is_growing = cache is not None and not cache.is_filled_once
         needs_position = is_growing and (self.rotary is not None or self.relative_bias is not None)
         position = store.position if needs_position else 0
-        cached: CachedRows | None = None
         if stored is not None:
             q = self._split_heads(self._project_query(query), seq_dim)
             k, v = stored
@@ -364,46 +379,70 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise
             q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
             v = self._split_heads(v, seq_dim)
-        if k.shape[0] != batch:
+        if k.shape[0] != q.shape[0]:
             raise RuntimeError(
-                f"key: expected the batch size of query, {batch}, got {k.shape[0]}; {batch_layout(self.batch_first)}"
+                f"key: expected the batch size of query, {q.shape[0]}, got {k.shape[0]}; "
+                + batch_layout(self.batch_first)
             )
-        if isinstance(cache, PagedSelfAttentionCache):
-            of_pages = self._paged_attention(q, cache.append(k, v))
-            return self._merge_heads(of_pages, seq_dim, is_batched), None
-        if is_growing:
-            cached = store.append(k, v)
+        cached = store.append(k, v) if is_growing else None
+        if isinstance(cached, CachedRows):
             k, v = cached.keys, cached.values
-        elif cache is not None and stored is None:
+        elif cache is not None and cache.is_filled_once and stored is None:
             k, v = store.update(k, v, memory)
+        return _Rows(q, k, v, position, cached)
 
-        # `fused_attention` knows no positions, so where the diagonal lies is decided here.
-        if cached is not None:
-            mask = _cached_mask(cached, seqlen_q)
+    def _mask_of_call(
+        self,
+        rows: _Rows,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+    ) -> _Mask:
+        """The second step of a call: where the diagonal lies, and attn_mask as `fused_attention` takes masks.
+
+        `fused_attention` knows no positions, so the diagonal of rows behind a cache is decided here.
+        """
+        seqlen_q = rows.q.shape[2]
+        if isinstance(rows.cached, CachedRows):
+            mask = _cached_mask(rows.cached, seqlen_q)
         elif is_causal and attn_mask is None:
             if need_weights:
                 raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
             # Every query sees the appended rows. No diagonal can express this, so the mask becomes dense.
-            mask = _Mask(_above(0, seqlen_q, k) if self._num_appended else None, None if self._num_appended else 0)
+            mask = _Mask(_above(0, seqlen_q, rows.k) if self._num_appended else None, None if self._num_appended else 0)
         else:
             mask = _believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
-        mask = self._checked_mask(mask, key_padding_mask, seqlen_q, k)
+        return self._checked_mask(mask, key_padding_mask, seqlen_q, rows.k)
 
-        # The kernel forms no weights. `attention_weights` computes the weights that the kernel has used. So both
-        # functions get the same arguments, and the seed of dropout is drawn here.
-        k, v = self._append_rows(k, self.bias_k), self._append_rows(v, self.bias_v)
+    def _attention(
+        self,
+        rows: _Rows,
+        mask: _Mask,
+        key_padding_mask: Tensor | None,
+        average_weights: bool | None,
+        skips_padding: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The third step of a call: the attention of the heads, (N, H, L, D), and the weights if they are wanted.
+
+        The kernel forms no weights. `attention_weights` computes the weights that the kernel has used. So both
+        functions get the same arguments, and the seed of dropout is drawn here.
+        """
+        q, k, v = rows.q, self._append_rows(rows.k, self.bias_k), self._append_rows(rows.v, self.bias_v)
+        need_weights = average_weights is not None
         arguments: dict[str, Any] = {
             "key_padding_mask": self._padded(key_padding_mask),
             "dropout_p": self.dropout if self.training else 0.0,
             "scale": 1.0 / math.sqrt(self.head_dim),
         }
-        if cached is None or not cached.options:
-            arguments["relative_bias"] = self._relative_bias(q, position, k.shape[2])
-        else:
-            arguments |= cached.options
+        options = rows.cached.options if isinstance(rows.cached, CachedRows) else None
+        if options:
+            arguments |= options
             mask = _Mask(arguments.pop("attn_mask", None), None)
             if self.relative_bias is not None:
                 mask = _Mask(self._dense_bias(q, arguments["key_lengths"], k.shape[2]), None)
+        else:
+            arguments["relative_bias"] = self._relative_bias(q, rows.position, k.shape[2])
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
         seen, is_causal = mask.attn_mask, mask.attn_mask is None and mask.diagonal is not None
@@ -413,17 +452,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             q, k, v, seen, is_causal=is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads, return_lse=need_weights, backend=self.backend, **arguments,
         )  # fmt: skip
-        weights = None
-        if need_weights:
-            out, lse = out
-            diagonal = mask.diagonal
-            attn_mask = mask.attn_mask if diagonal is None else _above(diagonal, seqlen_q, k).logical_not()
-            weights = attention_weights(q, k, lse, attn_mask=attn_mask, **arguments)
-            weights = (weights.mean(dim=1) if average_weights else weights).to(out.dtype)
-
-        if weights is not None and not is_batched:
-            weights = weights.squeeze(0)
-        return self._merge_heads(out, seq_dim, is_batched), weights
+        if not need_weights:
+            return out, None
+        out, lse = out
+        of_weights = mask.attn_mask if mask.diagonal is None else _above(mask.diagonal, q.shape[2], k).logical_not()
+        weights = attention_weights(q, k, lse, attn_mask=of_weights, **arguments)
+        return out, (weights.mean(dim=1) if average_weights else weights).to(out.dtype)
 
     def _paged_attention(self, q: Tensor, rows: PagedRows) -> Tensor:
         """The attention (N, H, L, D) of the last rows of sequences, q (N, H, L, D), over pages."""
@@ -793,6 +827,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             parameter = getattr(self, name)
             if parameter is not None:
                 setattr(self, name, nn.Parameter(parameter.detach()[..., :kv_dim].clone()))
+
+
+class _Rows(NamedTuple):
+    """The projected rows of one call, in heads. Behind a cache, keys and values are those of all rows so far."""
+
+    q: Tensor  # (N, H, L, D)
+    k: Tensor  # (N, Hkv, S, D)
+    v: Tensor  # (N, Hkv, S, D)
+    position: int | Tensor  # of the first query, if the module needs positions; otherwise 0
+    cached: CachedRows | PagedRows | None  # what a cache of self-attention returned. With pages, k and v are new rows
 
 
 class _Mask(NamedTuple):
