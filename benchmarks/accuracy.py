@@ -234,8 +234,8 @@ def _dropout_factors(inputs: Inputs, batch: int, head: int, dtype: torch.dtype) 
     case = inputs.case
     row, group = (torch.arange(count, device=inputs.device) for count in (case.seqlen_q, -(-case.seqlen_k // 4)))
     counter = group, row[:, None], torch.full_like(row[:, None], head), torch.full_like(row[:, None], batch)
-    words = torch.stack(dropout.philox(counter, inputs.dropout_seed), dim=-1).flatten(1)[:, : case.seqlen_k]
-    return (words >= dropout.threshold(case.dropout_p)).to(dtype) * dropout.scale(case.dropout_p)
+    numbers = dropout.numbers(counter, inputs.dropout_seed).flatten(1)[:, : case.seqlen_k]
+    return (numbers >= dropout.threshold(case.dropout_p)).to(dtype) * dropout.scale(case.dropout_p)
 
 
 @torch.no_grad()

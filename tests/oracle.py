@@ -283,14 +283,15 @@ def dropout_keep(
     seed: int, p: float, first_sequence: int, batch: int, heads: int, rows: int, columns: int
 ) -> np.ndarray:
     """Which weights survive dropout: (batch, heads, rows, columns) bool."""
-    groups = (columns + 3) // 4
+    groups = (columns + 7) // 8
     counter = np.zeros((batch, heads, rows, groups, 4), dtype=np.uint32)
     counter[..., 0] = np.arange(groups)
     counter[..., 1] = np.arange(rows)[:, None]
     counter[..., 2] = np.arange(heads)[:, None, None]
     counter[..., 3] = (first_sequence + np.arange(batch))[:, None, None, None]
-    words = philox4x32_10(counter, seed).reshape(batch, heads, rows, 4 * groups)[..., :columns]
-    return words >= min(round(p * 2**32), 2**32 - 1)
+    words = philox4x32_10(counter, seed)
+    numbers = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(batch, heads, rows, 8 * groups)[..., :columns]
+    return numbers >= min(round(p * 2**16), 2**16 - 1)
 
 
 # ---- Comparison of a result with the oracle

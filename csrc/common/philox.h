@@ -1,9 +1,10 @@
 // Philox4x32-10 (Salmon et al., 2011), the counter-based generator behind dropout, for host and device code.
 //
-// The random word of an entry of the scores depends on the seed and on the position of the entry alone, not on tile
+// The random number of an entry of the scores depends on the seed and on the position of the entry alone, not on tile
 // sizes, threads or backend. So every backend drops the same entries. For query i and key j, the key of Philox is (low
-// half of the seed, high half), and its counter is (j >> 2, i, head, batch). One call yields four words, and the word
-// of the entry is number j & 3 of them.
+// half of the seed, high half), and its counter is (j / 8, i, head, batch). One call yields four words, and so a random
+// number of 16 bits for each of eight neighbouring keys. The number of the entry is a half of word j % 8 / 2: the low
+// half if j is even, the high half if j is odd.
 #pragma once
 #include <cstdint>
 
@@ -18,11 +19,14 @@ constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
+// One call makes numbers for so many neighbouring keys.
+constexpr int kPhiloxKeys = 8;
+
 struct PhiloxWords {
   uint32_t word[4];
 };
 
-// The words of one query for the four keys 4 * group ... 4 * group + 3.
+// The words of one query for the keys 8 * group ... 8 * group + 7.
 FUSED_ATTN_HOST_DEVICE PhiloxWords philox(uint64_t seed, uint32_t group, uint32_t query, uint32_t head,
                                           uint32_t batch) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);

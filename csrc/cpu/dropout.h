@@ -7,7 +7,7 @@ namespace fused_attn::cpu {
 namespace {
 
 // dropout_keep[key][query] = -1 (all bits set) if dropout keeps the entry, otherwise 0, for the keys of a block. Keys
-// come in ascending order, so one call of philox_rows serves up to four keys.
+// come in ascending order, so one call of philox_rows serves up to eight keys.
 template <class Int>
 FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, int nq,
                                    const KeyBlock& keys, Int* dropout_keep) {
@@ -17,14 +17,15 @@ FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t 
   int64_t group = -1;
   for (int k = 0; k < keys.count; ++k) {
     const int64_t key = keys.index[k] + origin.key;
-    if (key >> 2 != group) {
-      group = key >> 2;
+    if (key / kPhiloxKeys != group) {
+      group = key / kPhiloxKeys;
       philox_rows(p.dropout_seed, static_cast<uint32_t>(b + origin.batch), static_cast<uint32_t>(h + origin.head),
                   static_cast<uint32_t>(q_begin + origin.query), static_cast<uint32_t>(group), nq, words);
     }
-    const uint32_t* word = words[key & 3];
+    const uint32_t* word = words[key % kPhiloxKeys / 2];
+    const int shift = key % 2 == 0 ? 16 : 0;  // moves the number of an even key from the low half to the high half
     for (int64_t q = 0; q < stride; ++q)
-      dropout_keep[k * stride + q] = -static_cast<Int>(word[q] >= p.dropout_threshold);
+      dropout_keep[k * stride + q] = -static_cast<Int>(word[q] << shift >= p.dropout_threshold << 16);
   }
 }
 

@@ -8,18 +8,19 @@
 namespace fused_attn::cpu {
 namespace {
 
-// The elements of a chunk. Element e of chunk c belongs to word e / 64 of the counter (c, e % 64, 0, 0), because
-// philox_rows makes words in this order.
-constexpr int64_t kDropoutChunk = 4 * kBlockQ;
+// The elements of a chunk. A pair of elements, e / 2 = r, of chunk c belongs to word r / 64 of the counter
+// (c, r % 64, 0, 0), because philox_rows makes words in this order. The even element has the low half of the word.
+constexpr int64_t kDropoutChunk = 2 * 4 * kBlockQ;
 constexpr int64_t kChunksOfItem = 32;
 
-// All bits of a lane are set if its word is at least the threshold, and otherwise none.
+// All bits of a lane are set if the random number of its element is at least the threshold, and otherwise none. The
+// halves of words lie in memory in the order of the elements. `element`: the first one, counted within the chunk
 template <class Lane>
-FA_INLINE IntVec<Lane> survivors(const uint32_t* words, uint32_t threshold) {
-  typedef uint32_t Words __attribute__((vector_size(kLanes<Lane> * sizeof(uint32_t))));
-  Words w;
-  memcpy(&w, words, sizeof(w));
-  return __builtin_convertvector(w >= threshold, IntVec<Lane>);
+FA_INLINE IntVec<Lane> survivors(const uint32_t (&words)[4][kBlockQ], int64_t element, uint32_t threshold) {
+  typedef uint16_t Halves __attribute__((vector_size(kLanes<Lane> * sizeof(uint16_t))));
+  Halves halves;
+  memcpy(&halves, reinterpret_cast<const char*>(words) + element * sizeof(uint16_t), sizeof(halves));
+  return __builtin_convertvector(halves, IntVec<Lane>) >= static_cast<LaneInt<Lane>>(threshold);
 }
 
 // Multiplies each element by `scale` if it survives, and otherwise by 0. So infinity and NaN are not hidden.
@@ -30,7 +31,7 @@ void drop_elements(const DropoutParams& p) {
   const Vec<Lane> scale = broadcast<Lane>(static_cast<Lane>(p.scale));
   const int64_t chunks = (p.elements + kDropoutChunk - 1) / kDropoutChunk;
   const int64_t items = (chunks + kChunksOfItem - 1) / kChunksOfItem;
-  constexpr double kFlopsOfElement = 20;  // the instructions of Philox count as flops
+  constexpr double kFlopsOfElement = 12;  // the instructions of Philox count as flops
   const double flops = kFlopsOfElement * static_cast<double>(p.elements);
   parallel_for(choose_threads(p.num_threads, items, flops), items, [&](int64_t item, int) {
     const int64_t end = chunks < (item + 1) * kChunksOfItem ? chunks : (item + 1) * kChunksOfItem;
@@ -42,7 +43,7 @@ void drop_elements(const DropoutParams& p) {
       for (int64_t e = 0; e < count; e += kLanes<Lane>) {
         const int n = count - e < kLanes<Lane> ? static_cast<int>(count - e) : kLanes<Lane>;
         const Vec<Lane> zero = {}, input = load_as<Lane>(x + first + e, n);
-        const Vec<Lane> factor = select_or_zero<Lane>(survivors<Lane>(&words[0][0] + e, p.threshold), scale);
+        const Vec<Lane> factor = select_or_zero<Lane>(survivors<Lane>(words, e, p.threshold), scale);
         store_as<Lane>(out + first + e, (p.relu ? select<Lane>(input < zero, zero, input) : input) * factor, n);
       }
     }

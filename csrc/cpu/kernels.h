@@ -60,7 +60,7 @@ struct LinearParams {
   int32_t num_threads = 1;
 };
 
-// The arguments of dropout: out = x * scale where the random word of an element is at least the threshold, and x * 0
+// The arguments of dropout: out = x * scale where the random number of an element is at least the threshold, and x * 0
 // elsewhere. All tensors are contiguous. x and out may be the same one.
 struct DropoutParams {
   DType dtype = DType::kFloat32;

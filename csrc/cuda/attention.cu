@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "../common/philox.h"
 #include "bias_gradient/plan.h"
 #include "decode.h"
 #include "kernels.h"
@@ -253,7 +254,7 @@ RowValues values_of(const TensorView& x) {
 DropoutOrigin dropout_origin_of(const AttentionParams& a) {
   const fused_attn::DropoutOrigin& x = a.dropout_origin;
   return {static_cast<int32_t>(x.batch), static_cast<int32_t>(x.head), static_cast<int32_t>(x.query),
-          static_cast<int32_t>(x.key / 4)};
+          static_cast<int32_t>(x.key / kPhiloxKeys)};
 }
 
 // Whether the masks of the caller differ among batch entries, and among heads.

@@ -219,7 +219,7 @@ struct DropoutOrigin {
   int32_t batch;
   int32_t head;
   int32_t query;
-  int32_t key_group;  // four neighbouring keys form a group
+  int32_t key_group;  // kPhiloxKeys neighbouring keys form a group
 };
 
 // What every large kernel gets. In packed (varlen) problems, tensors have one batch entry (stride_batch is 0), and row
@@ -272,7 +272,7 @@ struct Params {
   SplitParams splits;              // in forward
 
   const int64_t* dropout_seed;  // null = no dropout
-  uint32_t dropout_threshold;   // dropout drops an entry if its word of Philox is below this number
+  uint32_t dropout_threshold;   // dropout drops an entry if its random number (16 bits) is below this one
   float dropout_scale;          // the factor for entries that survive dropout
   DropoutOrigin dropout_origin;
 

@@ -50,10 +50,10 @@ inline void check_dropout_p(double dropout_p) {
     throw py::value_error("dropout_p: expected a probability, got " + std::to_string(dropout_p));
 }
 
-// Entries whose Philox word is below this number are dropped.
+// Entries whose random number is below this one are dropped.
 inline uint32_t dropout_threshold(double dropout_p) {
-  constexpr double kWords = 4294967296.0;  // a Philox word has 2^32 values
-  return static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * kWords), kWords - 1.0));
+  constexpr double kNumbers = 65536.0;  // a random number has 16 bits
+  return static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * kNumbers), kNumbers - 1.0));
 }
 
 // The factor of entries that survive. With dropout_p = 1, the threshold is 2^32 - 1, so one of 2^32 words still keeps

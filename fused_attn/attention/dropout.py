@@ -4,10 +4,11 @@ So every backend drops the same entries, whatever its tiles and threads are. The
 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
 
 - Its key is ``(seed & 0xffffffff, seed >> 32)``.
-- Its counter is ``(key_position >> 2, query_position, head, batch)``.
-- One call yields four words of 32 bits. Word ``key_position & 3`` belongs to the entry.
+- Its counter is ``(key_position // 8, query_position, head, batch)``.
+- One call yields four words of 32 bits, which are eight numbers of 16 bits. Number ``key_position % 8`` belongs to the
+  entry: the halves of the first word, the low one first, then those of the second word, and so on.
 
-An entry survives if its word is at least ``threshold(dropout_p)``.
+An entry survives if its number is at least ``threshold(dropout_p)``. So a probability is rounded to 1 / 65536.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
-#: One call of Philox makes words for this many neighbouring keys.
-GROUP = 4
+#: One call of Philox makes numbers for this many neighbouring keys.
+GROUP = 8
 
 
 def threshold(dropout_p: float) -> int:
-    """The dropout_threshold: entries whose word is below this number are dropped."""
-    return min(round(dropout_p * 2**32), _WORD)
+    """The dropout_threshold: entries whose number is below this one are dropped."""
+    return min(round(dropout_p * 2**16), 2**16 - 1)
 
 
 def scale(dropout_p: float) -> float:
-    """The factor for entries that survive. It is 0 for ``dropout_p == 1``, where one word in 2**32 still survives."""
+    """The factor for entries that survive. It is 0 for ``dropout_p == 1``, where one number of 65536 still survives."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 
@@ -78,7 +79,7 @@ def keep_mask(
     rows, columns: the positions of the queries and of the keys
     """
     device = seed.device
-    # Philox makes four words for four neighbouring keys. There are groups for as many keys as there are columns. Fewer
+    # Philox makes the numbers of eight neighbouring keys. There are groups for as many keys as there are columns. Fewer
     # may be enough for packed keys, but finding the largest position would take reading it from the device.
     first_key = origin.key % GROUP
     group = torch.arange(-(-(columns.position.shape[0] + first_key) // GROUP), device=device) + origin.key // GROUP
@@ -86,8 +87,14 @@ def keep_mask(
     head = (torch.arange(num_heads, device=device) + origin.head)[None, :, None, None]
     sequence = torch.arange(batch, device=device)[:, None, None, None] + rows.sequence[None, None, :, None]
     counter = (group[None, None, None, :], query, head, sequence + origin.batch)
-    words = torch.stack(philox(counter, seed), dim=-1)  # (B, H, L, groups, 4)
-    return words.flatten(-2)[..., columns.position + first_key] >= threshold(dropout_p)
+    found = numbers(counter, seed).flatten(-2)  # (B, H, L, groups * 8)
+    return found[..., columns.position + first_key] >= threshold(dropout_p)
+
+
+def numbers(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> Tensor:
+    """The eight 16-bit numbers of Philox for a counter: (..., 8) int64, after the counter's broadcast shape."""
+    words = torch.stack(philox(counter, seed), dim=-1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(-2)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:

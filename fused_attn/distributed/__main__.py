@@ -15,6 +15,7 @@ from fused_attn.distributed import quantities
 from fused_attn.distributed.cost import SIZES, Cost, Machine, Method, Seconds, Workload, cost, methods
 from fused_attn.distributed.quantities import in_bandwidth, in_bytes, in_seconds
 from fused_attn.distributed.rates import Rates, read_rows
+from fused_attn.distributed.sequence import ROWS_OF_RANK
 
 #: Bytes per second of the memory of a GPU, by a part of its name: NVIDIA's data sheets of the H100 SXM and the H200.
 MEMORY_BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
@@ -157,9 +158,9 @@ def _request(arguments: argparse.Namespace) -> Request:
     """What the arguments ask for. Raises ValueError if they do not fit together."""
     if arguments.heads % arguments.kv_heads:
         raise checks.fail("--kv-heads", f"a divisor of the {arguments.heads} heads", arguments.kv_heads)
-    if arguments.tokens < 8 * arguments.gpus:
-        # Each rank holds two chunks, of which each begins at a multiple of 4 rows.
-        raise checks.fail("--tokens", f"at least 8 for each of the {arguments.gpus} GPUs", arguments.tokens)
+    if arguments.tokens < ROWS_OF_RANK * arguments.gpus:
+        expected = f"at least {ROWS_OF_RANK} for each of the {arguments.gpus} GPUs"
+        raise checks.fail("--tokens", expected, arguments.tokens)
     window = None if arguments.window is None else tuple(arguments.window)
     workload = Workload(
         arguments.tokens,
@@ -325,8 +326,8 @@ def _uneven(request: Request) -> str | None:
     if min(rows) == max(rows):
         return None
     return (
-        f"--tokens: {request.workload.tokens} is no multiple of {8 * request.gpus} (8 a GPU), so the GPUs hold "
-        f"{min(rows)} to {max(rows)} rows."
+        f"--tokens: {request.workload.tokens} is no multiple of {ROWS_OF_RANK * request.gpus} ({ROWS_OF_RANK} a GPU), "
+        f"so the GPUs hold {min(rows)} to {max(rows)} rows."
     )
 
 

@@ -5,8 +5,8 @@ bfloat16. torch also keeps a factor for each element until backward. Here, all t
 them again from the seed. After a relu, backward needs no random numbers, because the result has what it needs.
 
 The random numbers come from Philox, as in `fused_attn.attention.dropout`. Element e, counted in the order of indices,
-belongs to word ``e // 64 % 4`` of the counter ``(e // 256, e % 64, 0, 0)``. The element survives if this word is at
-least ``threshold(p)``.
+belongs to word ``e // 128 % 4`` of the counter ``(e // 512, e // 2 % 64, 0, 0)``: to its low half if e is even, to its
+high half if e is odd. The element survives if this number of 16 bits is at least ``threshold(p)``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fused_attn.nn.few_rows import is_called_plainly
 #: For fewer elements, torch is as fast: what a call costs whatever its size is 8 us more here, with backward.
 FEWEST_ELEMENTS = 1024
 
-#: The elements with one and the same first number in the counter of Philox, and those with one and the same word.
-_CHUNK, _RUN = 256, 64
+#: The elements with one and the same first number in the counter of Philox, and the counters of these elements.
+_CHUNK, _RUN = 512, 64
 
 
 def call(module: Any, x: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ def survivors(seed: Tensor, p: float, shape: torch.Size) -> Tensor:
     chunks = torch.arange(-(-elements // _CHUNK), device=seed.device)[:, None]
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     counter = (chunks, torch.arange(_RUN, device=seed.device), zero, zero)
-    words = torch.stack(dropout.philox(counter, seed), dim=1)  # (chunks, 4, _RUN)
-    return words.flatten()[:elements].view(shape) >= dropout.threshold(p)
+    numbers = dropout.numbers(counter, seed).unflatten(-1, (4, 2)).transpose(1, 2)  # (chunks, 4, _RUN, 2)
+    return numbers.flatten()[:elements].view(shape) >= dropout.threshold(p)
 
 
 def _is_plain(module: Any, x: Tensor) -> bool:

@@ -103,7 +103,7 @@ def options_differ() -> None:
 
 def warm_up() -> None:
     """A call of all ranks, so that the connections between them stand."""
-    x = torch.randn(1, 2, 24, 16)
+    x = torch.randn(1, 2, 32, 16)
     context_parallel_attention(x, x, x, mesh=mesh_of((dist.get_world_size(),)), method="ring")
 
 

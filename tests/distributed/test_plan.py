@@ -184,7 +184,7 @@ def test_methods_that_need_too_much_memory_lose(capsys) -> None:
         (["--method", "2x8", "--heads", "4", "--kv-heads", "4"], "--heads: expected a multiple of the 8 GPUs"),
         (["--method", "3x4"], "--method: expected a nesting of 16 GPUs, got 3x4"),
         (["--method", "tree"], "--method: expected auto, ring, ulysses, or a nesting such as 128x8, got 'tree'"),
-        (["--tokens", "100"], "--tokens: expected at least 8 for each of the 16 GPUs, got 100"),
+        (["--tokens", "100"], "--tokens: expected at least 16 for each of the 16 GPUs, got 100"),
         (["--kv-heads", "5"], "--kv-heads: expected a divisor of the 32 heads, got 5"),
         (["--nvlink", "450"], "--nvlink: expected a bandwidth such as 450GB/s (bytes) or 400Gb/s (bits), got '450'"),
         (["--gpus", "0"], "--gpus: expected a whole number of at least 1, got '0'"),
@@ -206,7 +206,7 @@ def test_wrong_arguments_are_named(capsys, arguments: list[str], message: str) -
 @pytest.mark.quick
 def test_lengths_that_do_not_divide_are_mentioned(capsys) -> None:
     command.main([*GIVEN, "--tokens", "65000"])
-    assert "--tokens: 65000 is no multiple of 128 (8 a GPU), so the GPUs hold " in capsys.readouterr().out
+    assert "--tokens: 65000 is no multiple of 256 (16 a GPU), so the GPUs hold " in capsys.readouterr().out
 
 
 @pytest.mark.quick

@@ -192,8 +192,7 @@ class Settings(NamedTuple):
     softcap: None = off
     band_left, band_right: how many keys a query sees before and after its diagonal; None = unbounded
     is_band_from_end: 1 if the diagonal ends at the last key of each sequence (`Band.is_from_end`), else None
-    dropout_threshold: a signed number. Flip the top bit of a random word, and read the word as a signed number. The
-        entry survives dropout if this number is at least the threshold
+    dropout_threshold: an entry survives dropout if its random number (16 bits) is at least this one
     dropout_origin: None = zeros
     IS_FLOAT32: inputs are float32, and their products must not be rounded to TF32
     PAGE_SIZE: the rows of a page of keys; 0 = keys are not paged
@@ -244,7 +243,7 @@ class Settings(NamedTuple):
             None if band.left == UNBOUNDED or band.left >= reach else band.left,
             None if band.right == UNBOUNDED or band.right >= reach else band.right,
             1 if band.is_from_end else None,
-            dropout.threshold(problem.dropout_p) - 2**31,
+            dropout.threshold(problem.dropout_p),
             dropout.scale(problem.dropout_p),
             None if problem.dropout_origin == NO_ORIGIN else problem.dropout_origin,
             *map(

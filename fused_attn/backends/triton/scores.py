@@ -177,17 +177,17 @@ def _in_range(ends, key, is_row):
 def dropout_keep(query, first_key, head_slice, masks, settings):
     """(M, BLOCK_N) bool: which probs of the keys from first_key on survive dropout.
 
-    The words come from Philox as `fused_attn.attention.dropout` specifies: the counter (key // 4, query, head, batch)
-    yields the words of four neighbouring keys.
+    The words come from Philox as `fused_attn.attention.dropout` specifies: the counter (key // 8, query, head, batch)
+    yields four words, whose halves are the numbers of eight neighbouring keys.
     query: (M, 1)
     """
-    group = first_key // 4 + tl.arange(0, settings.BLOCK_N // 4)[None, :]
+    group = first_key // 8 + tl.arange(0, settings.BLOCK_N // 8)[None, :]
     batch, head = head_slice.batch, head_slice.head
     if settings.dropout_origin is not None:
         batch += settings.dropout_origin.batch
         head += settings.dropout_origin.head
         query += settings.dropout_origin.query
-        group += settings.dropout_origin.key // 4
+        group += settings.dropout_origin.key // 8
     zero = (query + group) * 0
     word0, word1, word2, word3 = tl.philox(
         tl.load(masks.seed),
@@ -196,18 +196,20 @@ def dropout_keep(query, first_key, head_slice, masks, settings):
         (zero + head).to(tl.uint32),
         (zero + batch).to(tl.uint32),
     )
-    survives02 = tl.interleave(_survives(word0, settings), _survives(word2, settings))
-    survives13 = tl.interleave(_survives(word1, settings), _survives(word3, settings))
-    return tl.interleave(survives02, survives13) != 0
+    survive02 = tl.interleave(_survive(word0, settings), _survive(word2, settings))
+    survive13 = tl.interleave(_survive(word1, settings), _survive(word3, settings))
+    of_pairs = tl.interleave(survive02, survive13)
+    return tl.interleave(of_pairs & 1, of_pairs & 2) != 0
 
 
 @triton.jit
-def _survives(word, settings):
-    """1 where the random uint32 `word` is at least the threshold of dropout, else 0 (int8, as tl.interleave needs)."""
-    # The threshold is stored as a signed number. Flipping the top bit maps the order of unsigned numbers to the order
-    # of signed ones.
-    signed = (word ^ 0x80000000).to(tl.int32, bitcast=True)
-    return (signed >= settings.dropout_threshold).to(tl.int8)
+def _survive(word, settings):
+    """Which halves of the random uint32 `word` are at least the threshold of dropout: 1 for the low one + 2 for the
+    high one (int8, as tl.interleave needs).
+    """
+    low = (word & 0xFFFF).to(tl.int32) >= settings.dropout_threshold
+    high = (word >> 16).to(tl.int32) >= settings.dropout_threshold
+    return low.to(tl.int8) + 2 * high.to(tl.int8)
 
 
 @triton.jit
