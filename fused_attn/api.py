@@ -56,8 +56,8 @@ def fused_attention(
         value: (B, H, S, Dv), or (B, Hkv, S, Dv) with ``enable_gqa``.
         attn_mask: broadcastable to (B, H, L, S). Bool: True = attend. Floating point: added to the scores, and
             differentiable. A causal bias of ``torch.nn.attention.bias`` is accepted and takes no memory.
-        dropout_p: the probability, in [0, 1], of dropping a weight after the softmax. Dropout is applied whenever this
-            number is positive, because a function knows no training mode.
+        dropout_p: the probability, in [0, 1], of dropping a weight after the softmax; rounded to a multiple of
+            1 / 65536. Dropout is applied whenever it is positive, because a function knows no training mode.
         is_causal: query i sees the keys j <= i, or as `diagonal_alignment` says. Combines with every other mask by AND.
         scale: factor of the scores; default ``1 / sqrt(D)``.
         enable_gqa: query head h reads key/value head ``h // (H / Hkv)``.

@@ -153,7 +153,8 @@ def attention(
         heads = weights.shape[-3]
         batch = math.prod(weights.shape[:-3])
         keep = dropout_keep(dropout_seed, dropout_p, first_sequence, batch, heads, seqlen_q, seqlen_k)
-        factor = 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
+        rounded = min(round(dropout_p * 65536), 65535) / 65536  # the share of the numbers of 16 bits that drop an entry
+        factor = 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - rounded)
         weights = weights * torch.from_numpy(keep).reshape(weights.shape) * factor
     if not return_max:
         return weights @ value, lse

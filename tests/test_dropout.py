@@ -102,6 +102,17 @@ def test_rate_and_mean() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("p", [1e-7, 0.1, 0.9999, 1 - 1e-7])
+def test_the_factor_fits_the_rounded_probability(backend: str, p: float) -> None:
+    """So dropout changes no mean. With p = 0.9999, the factor 1 / (1 - p) would be 7 % too large."""
+    query, value = torch.zeros(1, 2, 70, 8), torch.ones(1, 2, 500, 8)
+    out = fused_attn.fused_attention(query, value, value, dropout_p=p, dropout_seed=6, backend=backend)
+    threshold = {1e-7: 0, 0.1: 6554, 0.9999: 65529, 1 - 1e-7: 65535}[p]
+    share = torch.from_numpy(oracle.dropout_keep(6, p, 0, 1, 2, 70, 500)).double().mean(-1, keepdim=True)
+    torch.testing.assert_close(out.double(), (share * 65536 / (65536 - threshold)).expand_as(out), rtol=2e-6, atol=0)
+
+
+@pytest.mark.quick
 def test_expectation_is_the_output_without_dropout(backend: str, generator: torch.Generator) -> None:
     query, key, value = (torch.randn(1, 1, 8, 8, generator=generator) for _ in range(3))
     expected = fused_attn.fused_attention(query, key, value, backend=backend)

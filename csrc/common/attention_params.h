@@ -96,8 +96,8 @@ struct AttentionParams {
   TensorView sinks;  // (1, H, 1, 1), accumulate type: a logit that is added to the denominator of the softmax only
 
   // Dropout sets the probability of entry (b, h, i, j) to zero if the random number of the entry (philox.h), which has
-  // 16 bits, is below dropout_threshold. Otherwise dropout multiplies the probability by dropout_scale. The position of the entry for
-  // Philox is its position in this call plus dropout_origin.
+  // 16 bits, is below dropout_threshold. Otherwise dropout multiplies the probability by dropout_scale. The position of
+  // the entry for Philox is its position in this call plus dropout_origin.
   bool has_dropout = false;
   uint32_t dropout_threshold = 0;
   double dropout_scale = 1.0;

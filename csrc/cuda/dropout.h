@@ -56,11 +56,11 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_query_rows(const Dropout& dropout
   GPU_UNROLL for (int word = 0; word < (kTiles + 7) / 8; ++word) {
     uint32_t own = 0;
     GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); t += 2)  // an unrolled loop would spill registers
-      own |= dropout.draw(query, first_group + 8 * word + t) << (4 * t);
+        own |= dropout.draw(query, first_group + 8 * word + t) << (4 * t);
     dropout_keep.words[word] = 0;
     GPU_UNROLL for (int m = 0; m < 4; ++m) {
-      // Thread m has drawn for entries 2 * (m % 2) and the next one, of tile m / 2 of two. Of the eight bits that it has
-      // drawn for them, two belong to the keys of this thread.
+      // Thread m has drawn for entries 2 * (m % 2) and the next one, of tile m / 2 of two. Of the eight bits that it
+      // has drawn for them, two belong to the keys of this thread.
       const uint32_t of_m = shuffle(own, 4 * lane.g + m);
       dropout_keep.words[word] |= (of_m >> (2 * lane.q) & 0x03030303u) << (2 * m);
     }
@@ -82,7 +82,7 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, 
   GPU_UNROLL for (int word = 0; word < (kTiles + 7) / 8; ++word) {
     uint32_t own = 0;
     GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); t += 2)  // an unrolled loop would spill registers
-      own |= dropout.draw(query + 8 * (8 * word + t), group) << (4 * t);
+        own |= dropout.draw(query + 8 * (8 * word + t), group) << (4 * t);
     dropout_keep.words[word] = 0;
     GPU_UNROLL for (int m = 0; m < 8; ++m) {
       // Thread m has drawn for entry m % 4 of tile m / 4 of two: entry j of a tile has query j % 2, and the key

@@ -50,15 +50,19 @@ inline void check_dropout_p(double dropout_p) {
     throw py::value_error("dropout_p: expected a probability, got " + std::to_string(dropout_p));
 }
 
+constexpr double kDropoutNumbers = 65536.0;  // a random number has 16 bits
+
 // Entries whose random number is below this one are dropped.
 inline uint32_t dropout_threshold(double dropout_p) {
-  constexpr double kNumbers = 65536.0;  // a random number has 16 bits
-  return static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * kNumbers), kNumbers - 1.0));
+  return static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * kDropoutNumbers), kDropoutNumbers - 1.0));
 }
 
-// The factor of entries that survive. With dropout_p = 1, the threshold is 2^32 - 1, so one of 2^32 words still keeps
-// its entry. The scale 0 sets this entry to zero as well.
-inline double dropout_scale(double dropout_p) { return dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0; }
+// The factor of entries that survive: 1 / (1 - p) for the p that the threshold stands for, so that dropout changes no
+// mean. With dropout_p = 1, the threshold is 2^16 - 1, so one of 2^16 numbers still keeps its entry. The scale 0 sets
+// this entry to zero as well.
+inline double dropout_scale(double dropout_p) {
+  return dropout_p < 1.0 ? kDropoutNumbers / (kDropoutNumbers - dropout_threshold(dropout_p)) : 0.0;
+}
 
 // Checks the arguments of Config and converts them.
 inline Config make_config(double scale, double softcap, std::optional<int64_t> window_left,

@@ -8,7 +8,8 @@ So every backend drops the same entries, whatever its tiles and threads are. The
 - One call yields four words of 32 bits, which are eight numbers of 16 bits. Number ``key_position % 8`` belongs to the
   entry: the halves of the first word, the low one first, then those of the second word, and so on.
 
-An entry survives if its number is at least ``threshold(dropout_p)``. So a probability is rounded to 1 / 65536.
+An entry survives if its number is at least ``threshold(dropout_p)``. So a probability is rounded to a multiple of
+1 / 65536. Entries that survive are multiplied by 1 / (1 - the rounded probability), so that dropout changes no mean.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def threshold(dropout_p: float) -> int:
 
 def scale(dropout_p: float) -> float:
     """The factor for entries that survive. It is 0 for ``dropout_p == 1``, where one number of 65536 still survives."""
-    return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
+    return 0.0 if dropout_p == 1.0 else 2**16 / (2**16 - threshold(dropout_p))
 
 
 def draw_seed(device: torch.device, groups: Sequence[dist.ProcessGroup] = ()) -> Tensor:
