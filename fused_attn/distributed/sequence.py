@@ -20,8 +20,7 @@ from fused_attn.attention import checks
 from fused_attn.attention.dropout import GROUP
 from fused_attn.attention.masks import Positions
 
-
-#: If the number of rows is a multiple of this number for each rank, all ranks hold equally many. A rank holds two chunks,
+#: All ranks hold equally many rows if the length is a multiple of this number for each rank. A rank holds two chunks,
 #: of which each begins at a multiple of `GROUP` rows.
 ROWS_OF_RANK = 2 * GROUP
 

@@ -73,8 +73,11 @@ def test_spills_are_counted_in_hot_loops_alone():
     stub_driver = pytest.importorskip("stub_driver")
     assert stub_driver.spills_in_loops(SASS.format(loop="FADD R0, R0, R0", tail="LDL R0, [R1]")) == 0
     assert stub_driver.spills_in_loops(SASS.format(loop="LDL R0, [R1]", tail="LDL R0, [R1]")) == 1
+    assert stub_driver.spills_in_loops("/*0000*/ STL [R1], R0 ; /*0010*/ HGMMA R0, R1 ; /*0020*/ EXIT ;") == 0
+    # A cycle with two entries, 0x10 and 0x20, is no loop whose head is known.
+    two_entries = "/*0000*/ @P0 BRA 0x20 ; /*0010*/ HGMMA R0, R1 ; /*0020*/ FADD R0, R0, R0 ; /*0030*/ BRA 0x10 ;"
     with pytest.raises(AssertionError, match="no loop"):
-        stub_driver.spills_in_loops("/*0000*/ HGMMA R0, R1 ; /*0010*/ EXIT ;")
+        stub_driver.spills_in_loops(two_entries)
 
 
 def test_batches_of_other_lengths_compile_nothing_new():
