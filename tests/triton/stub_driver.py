@@ -72,8 +72,8 @@ def spills_in_loops(sass: str) -> int:
     """The number of instructions for spilled registers in the hot loops of a kernel's machine code.
 
     Hot loops are the innermost loops around a matrix product or an exponential, where a kernel spends its time. Code
-    at the end of a kernel that waits for a barrier, and then jumps back to where it came from, is not a loop. The result
-    is 0 if the products are in no loop, because a program computes one tile.
+    at the end of a kernel that waits for a barrier, and then jumps back to where it came from, is not a loop. The
+    result is 0 if the products are in no loop, because a program computes one tile.
     """
     code = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)}
     successors = _control_flow(code)
