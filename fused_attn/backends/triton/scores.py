@@ -205,8 +205,8 @@ def dropout_keep(query, first_key, head_slice, masks, settings):
 
 @triton.jit
 def _survivors(word, settings):
-    """Which halves of the random uint32 `word` are at least the threshold of dropout (int32): bit 0 is for the low half,
-    and bit 1 for the high half.
+    """Which halves of the random uint32 `word` are at least the threshold of dropout (int32): bit 0 for the low half,
+    bit 1 for the high half.
     """
     low = (word & 0xFFFF).to(tl.int32) >= settings.dropout_threshold
     high = (word >> 16).to(tl.int32) >= settings.dropout_threshold
