@@ -35,9 +35,9 @@ FA_INLINE WideVec multiply_wide(WideVec x, uint32_t m) {
 #endif
 }
 
-// philox() of philox.h for `count` queries at once, rounded up to whole vectors: words[w][q] is word w of
-// query q_begin + q for the keys of a group. A product of 32 bits needs 64, so the numbers keep lanes of 64 bits. Packed
-// to 32 bits after each product, a forward pass with dropout took 1.43 times as long (bfloat16, AMX, head dim 64).
+// philox() of philox.h for `count` queries at once, rounded up to whole vectors: words[w][q] is word w of query
+// q_begin + q for the keys of a group. A product of 32 bits needs 64, so the numbers keep lanes of 64 bits. Packed to
+// 32 bits after each product, a forward pass with dropout took 1.43 times as long (bfloat16, AMX, head dim 64).
 FA_NOINLINE void philox_rows(uint64_t seed, uint32_t batch, uint32_t head, uint32_t q_begin, uint32_t group, int count,
                              uint32_t (&words)[4][kBlockQ]) {
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes / 2)));
