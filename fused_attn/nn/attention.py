@@ -312,7 +312,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         arguments = (key_padding_mask, attn_mask, is_causal, average_attn_weights if need_weights else None)
         if cache is None:
             return self._dense_forward(query, key, value, *arguments)
-        self._check_cache(cache, key_padding_mask, need_weights, attn_mask, is_causal)
+        self._check_cache(query, key, cache, key_padding_mask, need_weights, attn_mask, is_causal)
         if attn_mask is None and not need_weights:
             step = small_inference.attention_step(self, query, key, key_padding_mask, is_causal, is_self, cache)
             if step is not None:
@@ -574,6 +574,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
     def _check_cache(
         self,
+        query: Tensor,
+        key: Tensor,
         cache: AttentionCache | None,
         key_padding_mask: Tensor | None,
         need_weights: bool,
@@ -587,6 +589,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             raise TypeError(
                 "cache: expected a layer's cache such as cache.layers[i].self_attention, got "
                 f"{type(cache).__name__}{paged_hint(cache)}"
+            )
+        seq_dim = 0 if query.dim() == 2 or not self.batch_first else 1
+        if not cache.is_filled_once and query.shape[seq_dim] != key.shape[seq_dim]:
+            raise ValueError(
+                f"key: expected as many rows as query, {query.shape[seq_dim]}, with a self-attention cache, got "
+                f"{key.shape[seq_dim]}"
             )
         if self._num_appended:
             raise ValueError("cache: expected None in a module with add_bias_kv or add_zero_attn, got a cache")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.attention import checks
-from fused_attn.nn.cache_checks import check_count, check_indices, check_pair
+from fused_attn.nn.cache_checks import WritableCopies, as_writable, check_count, check_indices, check_pair
 from fused_attn.nn.paged_cache import PagedKVCache
 from fused_attn.nn.paged_self_attention import PagedSelfAttentionCache
 from fused_attn.nn.self_attention_cache import (
@@ -29,7 +29,7 @@ from fused_attn.nn.self_attention_cache import (
 )
 
 
-class CrossAttentionCache:
+class CrossAttentionCache(WritableCopies):
     """The keys and values of the encoder memory. The first step fills the cache, and the other steps read it.
 
     >>> import torch
@@ -71,6 +71,8 @@ class CrossAttentionCache:
         """
         if self._pair is not None and memory is not None:
             self._check_memory(memory, batch=self._pair[0].shape[0])
+        if self._pair is not None and torch.is_grad_enabled():  # autograd cannot save tensors of inference mode
+            self._pair = as_writable(self._pair)
         return self._pair
 
     def update(self, key: Tensor, value: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,38 @@
-"""Checks of the arguments of caches: numbers, and new rows of keys and values."""
+"""Checks of the arguments of caches: numbers, and new rows of keys and values; and copies of caches."""
 
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_attn import modes
 from fused_attn.attention import checks
+
+
+class WritableCopies:
+    """A cache whose copies, by ``copy.deepcopy`` or ``pickle``, can be written in any mode.
+
+    Under `torch.inference_mode`, a copied tensor is one of inference mode, which cannot be written outside of it.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: as_writable(x) for name, x in state.items()})
+
+
+def as_writable(x: Any) -> Any:
+    """x with copies of the tensors of inference mode, which may be in a tuple. Other values stay the same objects."""
+    if isinstance(x, Tensor) and x.is_inference():
+        with torch.inference_mode(False):
+            return x.clone()
+    if isinstance(x, tuple):
+        made = [as_writable(item) for item in x]
+        if all(new is old for new, old in zip(made, x, strict=True)):
+            return x
+        return type(x)(*made) if hasattr(x, "_fields") else tuple(made)
+    return x
 
 
 def check_count(name: str, count: int) -> None:
@@ -70,7 +94,7 @@ def check_continues(name: str, buffer: Tensor, rows: Tensor) -> None:
     batch, heads, _, columns = buffer.shape
     if (batch, heads, columns) != (rows.shape[0], rows.shape[1], rows.shape[3]):
         raise ValueError(
-            f"{name}: expected shape {(batch, heads, 'L', columns)}, as in the cache, got {tuple(rows.shape)}"
+            f"{name}: expected shape ({batch}, {heads}, L, {columns}), as in the cache, got {tuple(rows.shape)}"
         )
     if (buffer.dtype, buffer.device) != (rows.dtype, rows.device):
         raise ValueError(

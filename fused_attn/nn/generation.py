@@ -307,7 +307,7 @@ class BeamSearch(Search):
     @property
     def _num_stops(self) -> int:
         """The number of tokens that end a hypothesis."""
-        return 1 + len(self.settings.stop_ids)
+        return len({self.model.eos_id, *self.settings.stop_ids})
 
     def _of_beams(self, x: Tensor, beam: Tensor) -> Tensor:
         """From x (B * K, n) the rows of the beams (B, C); returns (B, C, n)."""
@@ -366,7 +366,7 @@ def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, MINUS_INF)
     probabilities = logits.softmax(dim=-1)
-    if top_p is None:
+    if top_p is None or top_p == 1.0:  # sums of float32 reach 1 before the unlikeliest tokens
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered  # the sum over the likelier tokens

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.attention import checks
+from fused_attn.nn.cache_checks import WritableCopies
 
 
 class OutOfPages(RuntimeError):
@@ -26,7 +27,7 @@ class OutOfPages(RuntimeError):
     """
 
 
-class PagedKVCache:
+class PagedKVCache(WritableCopies):
     """The keys and values of one attention layer for many sequences, in pages that the sequences share.
 
     A sequence takes a page whenever its last one is full, so a sequence wastes less than one page. `fork` copies no

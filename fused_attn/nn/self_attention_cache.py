@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.nn.cache_checks import (
+    WritableCopies,
     check_continues,
     check_count,
     check_indices,
@@ -42,7 +43,7 @@ class CachedRows(NamedTuple):
     options: dict[str, Any]
 
 
-class SelfAttentionCache:
+class SelfAttentionCache(WritableCopies):
     """The keys and values of every token so far, in buffers that grow.
 
     >>> import torch
@@ -133,6 +134,8 @@ class SelfAttentionCache:
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on; see `KVCache.crop`. The length must be an int."""
         self.length = min(self.length, checked_length(length))
+        if self.length == 0:  # the next rows may have another batch size or dtype
+            self._keys = self._values = None
 
     def reorder(self, indices: Tensor) -> None:
         """Batch entry n becomes what entry ``indices[n]`` was; see `KVCache.reorder`."""
@@ -182,7 +185,7 @@ class SelfAttentionCache:
         return selected
 
 
-class StaticSelfAttentionCache:
+class StaticSelfAttentionCache(WritableCopies):
     """The keys and values of every token so far, in buffers of a fixed size that are written in place.
 
     >>> import torch
@@ -219,7 +222,8 @@ class StaticSelfAttentionCache:
 
     def __len__(self) -> int:
         """Number of rows of the longest batch entry. The host waits for the device."""
-        return 0 if self._rows is None else int(self._rows.lengths.max())
+        lengths = None if self._rows is None else self._rows.lengths
+        return 0 if lengths is None or lengths.numel() == 0 else int(lengths.max())
 
     @property
     def length(self) -> int:
@@ -403,7 +407,7 @@ class SlidingSelfAttentionCache(StaticSelfAttentionCache):
 
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on. Only 0 is possible, because old rows have been overwritten."""
-        if isinstance(length, Tensor) or length != 0:
+        if isinstance(length, Tensor) or checked_length(length) != 0:
             raise ValueError(
                 f"length: expected 0 for a sliding window, whose older rows have been overwritten, got {length}"
             )

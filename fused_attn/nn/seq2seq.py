@@ -359,10 +359,11 @@ class Seq2SeqTransformer(nn.Module):
             max_new_tokens: the most tokens that are appended, ``eos_id`` included; at most ``max_len``.
             num_beams: the number of hypotheses for each source; 1 = no beam search. A search ends when ``num_beams``
                 hypotheses have ended and no unfinished one scores better. An ended hypothesis wins over unfinished
-                ones.
+                ones. With T tokens that end a target, a step looks at the ``num_beams * (1 + T)`` best continuations,
+                so that num_beams of them go on. Those that end are kept if they are among the best ended ones.
             do_sample: draw each token from its distribution. With False, the likeliest token is taken.
             temperature: divides the logits before sampling.
-            top_k: sample among the k likeliest tokens.
+            top_k: sample among the k likeliest tokens, and those that are as likely as the last of these.
             top_p: sample among the fewest likeliest tokens whose probabilities add up to at least top_p.
             length_penalty: for beam search, else 1.0. A hypothesis of n new tokens scores
                 ``log-probability / n ** length_penalty``.
@@ -426,7 +427,7 @@ class Seq2SeqTransformer(nn.Module):
     def _embed(self, name: str, tokens: Tensor, embedding: nn.Embedding, start: int | Tensor = 0) -> Tensor:
         """Embeds tokens (B, L), the first of which has the position `start`; returns (B, L, E).
 
-        start: an int, or (B,) on the device. The host does not read such a tensor, so it cannot check max_len
+        start: an int, or (B,) on the device. The host reads such a tensor on a CPU alone, to check max_len
         """
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected int64 or int32 tokens, got {tokens.dtype}")
@@ -442,6 +443,8 @@ class Seq2SeqTransformer(nn.Module):
                 raise ValueError(
                     f"{name}: expected the batch size of the cache, {start.shape[0]}, got {tokens.shape[0]}"
                 )
+            if modes.can_read(start) and start.numel() and (most := int(start.max()) + count) > self.max_len:
+                raise ValueError(f"{name}: expected at most max_len={self.max_len} tokens, got {most}")
             rows = start[:, None] if count == 1 else start[:, None] + torch.arange(count, device=start.device)
         try:
             x = embedding(tokens)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 
+from fused_attn.nn import FusedMultiheadAttention, SlidingSelfAttentionCache, StaticSelfAttentionCache
 from fused_attn.nn.cache import CrossAttentionCache, KVCache, SelfAttentionCache
 
 
@@ -179,9 +182,9 @@ def test_len_counts_layers():
         (
             rows(1, batch=3),
             rows(1, batch=3),
-            r"key: expected shape \(2, 3, 'L', 4\), as in the cache, got \(3, 3, 1, 4\)",
+            r"key: expected shape \(2, 3, L, 4\), as in the cache, got \(3, 3, 1, 4\)",
         ),
-        (rows(1), rows(1, columns=5), r"value: expected shape \(2, 3, 'L', 4\), as in the cache"),
+        (rows(1), rows(1, columns=5), r"value: expected shape \(2, 3, L, 4\), as in the cache"),
         (rows(1).double(), rows(1), r"key: expected torch.float32 on cpu, as in the cache, got torch.float64"),
         (rows(8), rows(8), r"cache: expected at most max_length=8 rows, got 9"),
     ],
@@ -209,3 +212,70 @@ def test_errors_of_arguments():
     for indices in (torch.zeros(2), torch.zeros(1, 1, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"indices: expected integers of shape \(B,\)"):
             KVCache(1).reorder(indices)
+
+
+CACHES = {
+    "growing": SelfAttentionCache,
+    "static": lambda: StaticSelfAttentionCache(8),
+    "sliding": lambda: SlidingSelfAttentionCache(4),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize(("rows_q", "rows_k"), [(1, 2), (2, 1), (3, 2)])
+def test_a_self_attention_cache_takes_as_many_queries_as_keys(kind: str, rows_q: int, rows_k: int) -> None:
+    module, cache = FusedMultiheadAttention(8, 2, batch_first=True).eval(), CACHES[kind]()
+    q, k = torch.randn(1, rows_q, 8), torch.randn(1, rows_k, 8)
+    with torch.no_grad():
+        module(q, q, q, need_weights=False, cache=cache)
+        message = f"key: expected as many rows as query, {rows_q}, with a self-attention cache, got {rows_k}"
+        with pytest.raises(ValueError, match=message):
+            module(q, k, k, need_weights=False, cache=cache)
+    assert len(cache) == rows_q
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_copy_made_in_inference_mode_can_be_written_outside(kind: str) -> None:
+    module, y = FusedMultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 1, 8)
+    cache = CACHES[kind]()
+    with torch.inference_mode():
+        module(y, y, y, need_weights=False, cache=cache)
+        copies = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    with torch.no_grad():
+        expected, _ = module(y, y, y, need_weights=False, cache=cache)
+        for copied in copies:
+            assert torch.equal(module(y, y, y, need_weights=False, cache=copied)[0], expected)
+
+
+def test_a_cross_attention_cache_of_inference_mode_serves_gradients() -> None:
+    module, cache = FusedMultiheadAttention(8, 2, batch_first=True).eval(), CrossAttentionCache()
+    y, memory = torch.randn(2, 1, 8), torch.randn(2, 3, 8)
+    with torch.inference_mode():
+        expected, _ = module(y, memory, memory, need_weights=False, cache=cache)
+    out, _ = module(y, memory, memory, need_weights=False, cache=cache)
+    out.sum().backward()
+    torch.testing.assert_close(out, expected)
+    assert module.out_proj.weight.grad is not None
+
+
+def test_an_emptied_cache_takes_another_batch() -> None:
+    cache = SelfAttentionCache()
+    with torch.no_grad():
+        cache.update(torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 4))
+        cache.crop(0)
+        keys, _ = cache.update(torch.randn(3, 1, 2, 4), torch.randn(3, 1, 2, 4))
+    assert keys.shape == (3, 1, 2, 4)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_the_length_of_an_empty_batch(kind: str) -> None:
+    cache = CACHES[kind]()
+    with torch.no_grad():
+        cache.append(torch.randn(0, 1, 1, 4), torch.randn(0, 1, 1, 4))
+    assert len(cache) in (0, 1)
+
+
+@pytest.mark.parametrize("length", [0.0, False])
+def test_a_sliding_cache_is_cropped_to_an_int(length) -> None:
+    with pytest.raises(TypeError, match="length: expected an int, got"):
+        SlidingSelfAttentionCache(4).crop(length)

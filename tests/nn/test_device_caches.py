@@ -24,6 +24,7 @@ from fused_attn.nn import (
     T5RelativeBias,
 )
 from fused_attn.nn.paged_self_attention import PagedRows
+from tests.nn.test_seq2seq import make_model
 
 BATCH, HEADS, COLUMNS, WINDOW, CAPACITY = 3, 2, 4, 5, 64
 
@@ -422,3 +423,13 @@ def test_the_first_step_can_be_repeated_with_another_batch(kind):
         decoder(tgt, memory, cache=cache)
     expected = decoder(tgt[:2], memory[:2], tgt_is_causal=True)
     torch.testing.assert_close(decoder(tgt[:2], memory[:2], cache=cache), expected)
+
+
+@pytest.mark.parametrize("positional", ["sinusoidal", "learned", "rotary"])
+@pytest.mark.parametrize("kind", [KVCache, StaticKVCache])
+def test_targets_behind_max_len_are_refused(kind: type, positional: str) -> None:
+    model = make_model(max_len=8, positional=positional).eval()
+    memory, padding = model.encode(torch.full((2, 5), 3))
+    cache = kind(len(model.decoder.layers), 40)
+    with torch.no_grad(), pytest.raises(ValueError, match="tgt: expected at most max_len=8 tokens, got 9"):
+        model.decode(torch.full((2, 9), 3), memory, padding, cache=cache)

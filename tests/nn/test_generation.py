@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn.nn import replay
-from fused_attn.nn.generation import Search
+from fused_attn.nn.generation import Search, sampling_probabilities
 from fused_attn.nn.seq2seq import Seq2SeqTransformer
 from tests.nn.recorded_graph import record
 from tests.nn.test_seq2seq import EOS, PAD, SOS, SRC, TGT_VOCAB, VARIANTS, make_model
@@ -347,6 +347,18 @@ def test_checkpointed_layers_generate():
         model.decoder.layers[n] = checkpoint_wrapper(layer)
     assert model.takes_cache
     assert torch.equal(model.generate(SRC, 8), expected)
+
+
+def test_stop_ids_that_end_targets_anyway_change_no_beam_search() -> None:
+    model = make_model(seed=3)
+    expected = model.generate(SRC, 8, num_beams=3)
+    for stop_ids in (EOS, [EOS, EOS, EOS]):
+        assert torch.equal(model.generate(SRC, 8, num_beams=3, stop_ids=stop_ids), expected)
+
+
+def test_top_p_of_1_keeps_all_tokens() -> None:
+    logits = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(0)) * 3
+    assert torch.equal(sampling_probabilities(logits, 1.0, None, 1.0), sampling_probabilities(logits, 1.0, None, None))
 
 
 # ---- errors
