@@ -126,8 +126,11 @@ def fused_attention(
         )  # fmt: skip
         plan = planning.dense.by_signature.get(call)
     is_direct = call is not None
-    if not is_direct:
-        elsewhere = _of_other_kinds(
+    if not is_direct and _are_of_other_kinds(
+        is_compiling, query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges,
+        dropout_seed,
+    ):  # fmt: skip
+        return _of_other_kinds(
             is_compiling, query, key, value,
             attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             key_padding_mask=key_padding_mask, key_lengths=key_lengths, key_ranges=key_ranges,
@@ -135,8 +138,6 @@ def fused_attention(
             dropout_seed=dropout_seed, diagonal_alignment=diagonal_alignment, num_splits=num_splits,
             return_lse=return_lse, return_max=return_max, backend=backend,
         )  # fmt: skip
-        if elsewhere is not None:
-            return elsewhere
     if plan is None:
         checks.check_flags(return_lse=return_lse, return_max=return_max)
         tensors = (query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges)
@@ -381,23 +382,36 @@ def _asked_for(
     return (lse,) if return_lse else ()  # type: ignore[return-value]
 
 
+def _are_of_other_kinds(is_compiling: bool, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> bool:
+    """Whether `_of_other_kinds` computes the call. Every call on a GPU asks this.
+
+    others: the other tensors of `fused_attention` in the order of `planning.Arguments`, and dropout_seed
+    """
+    return (
+        (not is_compiling and _with_torch_function(query, key, value, *others) is not None)
+        or hasattr(query, "device_mesh")
+        or hasattr(key, "device_mesh")
+        or hasattr(value, "device_mesh")
+        or jagged.is_nested(query, key, value)
+    )
+
+
 def _of_other_kinds(
     is_compiling: bool, query: Tensor, key: Tensor, value: Tensor, **others: Any
-) -> Tensor | tuple[Tensor, ...] | None:
-    """`fused_attention` of tensors that override torch functions, of DTensors and of nested tensors; else None.
+) -> Tensor | tuple[Tensor, ...]:
+    """`fused_attention` of tensors that override torch functions, of DTensors, or of nested tensors.
 
     others: all other arguments of `fused_attention`
     """
-    if not is_compiling and (seen := _with_torch_function(query, key, value, **others)):
+    tensors = (query, key, value, *(others[name] for name in (*planning.Arguments._fields[3:], "dropout_seed")))
+    if not is_compiling and (seen := _with_torch_function(*tensors)):
         return handle_torch_function(fused_attention, seen, query, key, value, **others)
-    if any(hasattr(x, "device_mesh") for x in (query, key, value)):
-        # This import takes time, and only a program that has DTensors needs the module.
-        from fused_attn import sharded
-
-        return sharded.attention(query, key, value, **others)
     if jagged.is_nested(query, key, value):
         return _nested_attention(query, key, value, **others)
-    return None
+    # This import takes time, and only a program that has DTensors needs the module.
+    from fused_attn import sharded
+
+    return sharded.attention(query, key, value, **others)
 
 
 def _nested_attention(
@@ -470,14 +484,14 @@ def explain(
 
 
 def _with_torch_function(
-    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, **others: Any
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others: Any
 ) -> tuple | None:
-    """The tensors if one of them, or a mode, overrides torch functions (``__torch_function__``); otherwise None."""
+    """The arguments if one of them, or a mode, overrides torch functions (``__torch_function__``); otherwise None."""
     if attn_mask is not None and causal_bias(attn_mask) is not None:
         # torch's class of causal biases overrides only SDPA. In every other function, the class would make the output a
         # causal bias, too.
         attn_mask = None
-    seen = (query, key, value, attn_mask, *(others[name] for name in (*planning.Arguments._fields[4:], "dropout_seed")))
+    seen = (query, key, value, attn_mask, *others)
     return seen if _overrides_functions(*seen) else None
 
 

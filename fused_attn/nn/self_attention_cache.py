@@ -284,9 +284,9 @@ class StaticSelfAttentionCache(WritableCopies):
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on; see `KVCache.crop`."""
         if isinstance(length, Tensor):
-            if self._rows is not None:
+            if self._rows is not None:  # otherwise there is no row to forget
                 self._rows.lengths.clamp_(max=checked_lengths(length, self._rows.lengths.shape[0]))
-            self._at_most = None
+                self._at_most = None
             return
         length = checked_length(length)
         if self._at_most is not None:
