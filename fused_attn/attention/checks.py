@@ -258,7 +258,7 @@ def check_attn_mask(mask: Meta, query: Meta, scores: tuple[int, ...]) -> None:
     _check_mask_dtype("attn_mask", "attend", mask)
     check_device("attn_mask", mask, query)
     fits = len(mask.shape) <= len(scores) and all(
-        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(scores), strict=False)
+        _broadcasts(m, n) for m, n in zip(reversed(mask.shape), reversed(scores), strict=False)
     )
     if not fits:
         hint, without_heads = "", (*scores[:-3], *scores[-2:])
@@ -286,6 +286,14 @@ def check_key_lengths(lengths: Meta, query: Meta, batch_shape: tuple[int, ...]) 
         raise fail("key_lengths", f"shape (B,) = {tuple(batch_shape)}", _shape(lengths))
 
 
+def _broadcasts(size: int, other: int) -> bool:
+    """Whether a dimension of `size` broadcasts to one of size `other`.
+
+    `size in (1, other)` is wrong in a traced call: dynamo takes a number and a symbolic size for different.
+    """
+    return size == 1 or size == other
+
+
 def check_key_ranges(ranges: Meta, query: Meta, rows: tuple[int, ...]) -> None:
     """Checks dtype, device and shape of key_ranges. rows: (..., H, L), the shape of the scores without the keys."""
     _check_int32("key_ranges", ranges)
@@ -295,7 +303,7 @@ def check_key_ranges(ranges: Meta, query: Meta, rows: tuple[int, ...]) -> None:
         len(ranges.shape) >= 3
         and (ends == 2 and count > 0)
         and len(of_rows) <= len(rows)
-        and all(m in (1, n) for m, n in zip(reversed(of_rows), reversed(rows), strict=False))
+        and all(_broadcasts(m, n) for m, n in zip(reversed(of_rows), reversed(rows), strict=False))
     )
     if not fits:
         raise fail(

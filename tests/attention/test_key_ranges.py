@@ -122,3 +122,16 @@ def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor_from_jagged(torch.randn(8, 2, 4), torch.tensor([0, 3, 8])).transpose(1, 2)
     with pytest.raises(ValueError, match="key_ranges: expected None with nested tensors"):
         fused_attention(nested, nested, nested, key_ranges=torch.zeros(1, 1, 2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_ranges"])
+def test_compiled_calls_whose_query_has_a_symbolic_length(name: str) -> None:
+    """The length of the mask is a number, as in a program that has made one mask."""
+    (query, key, value), mask, ranges = tensors()
+    masks = {"attn_mask": mask, "key_ranges": ranges}[name]
+    torch._dynamo.reset()
+    query = query.detach()
+    torch._dynamo.maybe_mark_dynamic(query, 2)
+    compiled = torch.compile(fused_attention, fullgraph=True, backend="eager")
+    expected = fused_attention(query, key, value, **{name: masks})
+    assert torch.equal(compiled(query, key, value, **{name: masks}), expected)
