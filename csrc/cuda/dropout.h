@@ -55,8 +55,9 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_query_rows(const Dropout& dropout
   const int32_t first_group = first_key / kPhiloxKeys + lane.q / 2;
   GPU_UNROLL for (int word = 0; word < (kTiles + 7) / 8; ++word) {
     uint32_t own = 0;
-    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); t += 2)  // an unrolled loop would spill registers
-        own |= dropout.draw(query, first_group + 8 * word + t) << (4 * t);
+    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); t += 2) {  // an unrolled loop would spill registers
+      own |= dropout.draw(query, first_group + 8 * word + t) << (4 * t);
+    }
     dropout_keep.words[word] = 0;
     GPU_UNROLL for (int m = 0; m < 4; ++m) {
       // Thread m has drawn for entries 2 * (m % 2) and the next one, of tile m / 2 of two. Of the eight bits that it
@@ -81,8 +82,9 @@ GPU_DEVICE DropoutKeep<kTiles> dropout_keep_of_key_rows(const Dropout& dropout, 
   const int32_t group = first_key / kPhiloxKeys + lane.g / 2 % 2;
   GPU_UNROLL for (int word = 0; word < (kTiles + 7) / 8; ++word) {
     uint32_t own = 0;
-    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); t += 2)  // an unrolled loop would spill registers
-        own |= dropout.draw(query + 8 * (8 * word + t), group) << (4 * t);
+    GPU_NO_UNROLL for (int t = 0; t < min(8, kTiles - 8 * word); t += 2) {  // an unrolled loop would spill registers
+      own |= dropout.draw(query + 8 * (8 * word + t), group) << (4 * t);
+    }
     dropout_keep.words[word] = 0;
     GPU_UNROLL for (int m = 0; m < 8; ++m) {
       // Thread m has drawn for entry m % 4 of tile m / 4 of two: entry j of a tile has query j % 2, and the key

@@ -248,6 +248,7 @@ def _of_different_ranks(described: Mapping[str, Any], group: dist.ProcessGroup) 
     """The error that names the first argument that is not the same on all ranks. All ranks must call this function."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, {name: repr(x) for name, x in described.items()}, group=group)
-    name = next(name for name in gathered[0] if any(x[name] != gathered[0][name] for x in gathered))
-    values = ", ".join(f"{x[name]} on rank {rank}" for rank, x in enumerate(gathered))
+    names = dict.fromkeys(name for x in gathered for name in x)  # ranks that call other functions have other names
+    name = next(name for name in names if len({x.get(name) for x in gathered}) > 1)
+    values = ", ".join(f"{x.get(name, 'no such argument')} on rank {rank}" for rank, x in enumerate(gathered))
     return checks.fail(name, "the same on all ranks", values)
