@@ -431,5 +431,9 @@ def test_targets_behind_max_len_are_refused(kind: type, positional: str) -> None
     model = make_model(max_len=8, positional=positional).eval()
     memory, padding = model.encode(torch.full((2, 5), 3))
     cache = kind(len(model.decoder.layers), 40)
-    with torch.no_grad(), pytest.raises(ValueError, match="tgt: expected at most max_len=8 tokens, got 9"):
-        model.decode(torch.full((2, 9), 3), memory, padding, cache=cache)
+    with torch.no_grad():
+        model.decode(torch.full((2, 6), 3), memory, padding, cache=cache)
+        for _ in range(2):  # the refused call leaves the cache as it was
+            with pytest.raises(ValueError, match="tgt: expected at most max_len=8 tokens, got 9"):
+                model.decode(torch.full((2, 3), 3), memory, padding, cache=cache)
+    assert cache.length == 6
