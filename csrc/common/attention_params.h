@@ -7,7 +7,7 @@ namespace fused_attn {
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-// The value of window_left or window_right if this side of the band has no bound. The number is larger than every
+// The value of band_left or band_right if this side of the band has no bound. The number is larger than every
 // sequence length, and so small that the sum of the number and a sequence length does not overflow.
 constexpr int64_t kUnbounded = int64_t{1} << 60;
 
@@ -41,6 +41,41 @@ struct DropoutOrigin {
   int64_t key = 0;
 };
 
+// The arguments of a call that are neither tensors nor their sizes.
+struct AttentionOptions {
+  // The kernel computes logit = scale * q.k. If softcap > 0, logit = softcap * tanh(logit / softcap) follows. The
+  // kernel applies biases and masks after the softcap.
+  double scale = 1.0;
+  double softcap = 0.0;
+
+  // The band: key j is visible to query i if -band_left <= j - (i + offset) <= band_right. The offset of a sequence is
+  // band_offset. If band_from_end, (its number of keys) - (its number of queries) is added.
+  int64_t band_left = kUnbounded;
+  int64_t band_right = kUnbounded;
+  int64_t band_offset = 0;
+  bool band_from_end = false;
+
+  // Dropout sets the probability of entry (b, h, i, j) to zero if the random number of the entry (philox.h), which has
+  // 16 bits, is below dropout_threshold. Otherwise dropout multiplies the probability by dropout_scale. The position of
+  // the entry for Philox is its position in this call plus dropout_origin.
+  bool has_dropout = false;
+  uint32_t dropout_threshold = 0;
+  double dropout_scale = 1.0;
+  DropoutOrigin dropout_origin;
+
+  // For packed calls only: no sequence is longer.
+  int64_t max_seqlen_q = 0;
+  int64_t max_seqlen_k = 0;
+
+  // Into how many parts the keys of each entry are cut, if the kernel cuts them; 0 = the kernel chooses. The parts of
+  // an entry must not depend on other entries: they are shares of its own keys.
+  int64_t num_splits = 0;
+
+  // For backward only: the rows have more keys than those of this call, and lse and out are those of the whole rows.
+  // So the probs of a row need not add up to 1.
+  bool is_part = false;
+};
+
 // All arguments of one call. The accumulate type, which is the type of sums, is double if dtype is kFloat64, otherwise
 // float. A tensor whose `data` is null is absent.
 //
@@ -51,7 +86,7 @@ struct DropoutOrigin {
 // In a paged call, keys and values have the dimensions (page, head, row of the page, column), so their stride_batch is
 // the stride between pages. Key j of entry b is row j % page_size of page block_table[b][j / page_size]. seqlen_k is
 // the number of columns of the table times page_size. Entries of the table behind the last key may be any number.
-struct AttentionParams {
+struct AttentionParams : AttentionOptions {
   int64_t batch = 0;
   int64_t num_heads = 0;     // H, a multiple of num_kv_heads; query head h reads key head h / (H / Hkv)
   int64_t num_kv_heads = 0;  // Hkv
@@ -69,18 +104,6 @@ struct AttentionParams {
   // As lse, for forward only: the largest logit of each row; -inf for an empty row. Null = not wanted.
   TensorView row_max;
 
-  // The kernel computes logit = scale * q.k. If softcap > 0, logit = softcap * tanh(logit / softcap) follows. The
-  // kernel applies biases and masks after the softcap.
-  double scale = 1.0;
-  double softcap = 0.0;
-
-  // The band: key j is visible to query i if -window_left <= j - (i + offset) <= window_right. The offset of a
-  // sequence is diagonal_offset. If band_from_end, (its number of keys) - (its number of queries) is added.
-  int64_t window_left = kUnbounded;
-  int64_t window_right = kUnbounded;
-  int64_t diagonal_offset = 0;
-  bool band_from_end = false;
-
   TensorView key_padding;  // (B, 1, 1, S) bytes, nonzero = padding, any column stride; padding keys are not loaded
   TensorView mask;         // (B, H, L, S) bytes, nonzero = attend, any stride
   // (B, H, L, 2 * num_ranges) int32, the rows contiguous: the ranges begin, end of each query. Besides all other masks,
@@ -95,13 +118,6 @@ struct AttentionParams {
   TensorView relative_bias;
   TensorView sinks;  // (1, H, 1, 1), accumulate type: a logit that is added to the denominator of the softmax only
 
-  // Dropout sets the probability of entry (b, h, i, j) to zero if the random number of the entry (philox.h), which has
-  // 16 bits, is below dropout_threshold. Otherwise dropout multiplies the probability by dropout_scale. The position of
-  // the entry for Philox is its position in this call plus dropout_origin.
-  bool has_dropout = false;
-  uint32_t dropout_threshold = 0;
-  double dropout_scale = 1.0;
-  DropoutOrigin dropout_origin;
   uint64_t dropout_seed = 0;                   // for kernels on a CPU
   const int64_t* dropout_seed_data = nullptr;  // the address of the seed, for kernels on a GPU; null = no dropout
 
@@ -121,14 +137,6 @@ struct AttentionParams {
   int64_t block_table_stride = 0;        // from one batch entry to the next
   int64_t page_size = 0;                 // 0 = not paged
   int64_t num_pages = 0;
-
-  // Into how many parts the keys of each entry are cut, if the kernel cuts them; 0 = the kernel chooses. The parts of
-  // an entry must not depend on other entries: they are shares of its own keys.
-  int64_t num_splits = 0;
-
-  // For backward only: the rows have more keys than those of this call, and lse and out are those of the whole rows.
-  // So the probs of a row need not add up to 1.
-  bool is_part = false;
 
   // For backward only. The gradients are outputs, and the kernel writes every entry of them. The caller passes a null
   // tensor for a gradient that it does not want.

@@ -39,7 +39,7 @@ FA_INLINE bool sees_all_keys(const AttentionParams& p) {
   const bool has_masks = has_score_mask(p) || p.key_padding.data != nullptr;
   const bool has_lengths = p.cu_seqlens_q != nullptr || p.key_lengths != nullptr;
   if (has_masks || has_lengths) return false;
-  const Band band = {p.window_left, p.window_right, sequence_of(p, 0).diagonal_offset};
+  const Band band = {p.band_left, p.band_right, sequence_of(p, 0).band_offset};
   return band.all_visible(0, p.seqlen_q - 1, 0, p.seqlen_k - 1);
 }
 

@@ -28,7 +28,7 @@ class KeyStream {
   // Finds the first and the last key. `valid_keys` are the lists of all batch entries, or null without key padding.
   KeyStream(const AttentionParams& p, const Sequence& seq, const ValidKeys* valid_keys, int64_t b, int64_t h,
             int64_t q_begin, int nq, int64_t key_begin, int64_t key_end)
-      : band_{p.window_left, p.window_right, seq.diagonal_offset},
+      : band_{p.band_left, p.band_right, seq.band_offset},
         mask_(p, b, h, q_begin, nq, seq.seqlen_k),
         q_begin_(q_begin),
         q_last_(q_begin + nq - 1),
@@ -38,7 +38,7 @@ class KeyStream {
     next_ = first > key_begin ? first : key_begin;
     end_ = last < key_end - 1 ? last + 1 : key_end;
     mask_.narrow(next_, end_);
-    if (p.window_left + p.window_right < 0) end_ = key_begin;  // the band is empty, so no query sees a key
+    if (p.band_left + p.band_right < 0) end_ = key_begin;  // the band is empty, so no query sees a key
     if (valid_keys != nullptr) {
       valid_keys_ = valid_keys[b];
       // With a list of valid keys, next_ is a position in the list. A binary search finds the first key of the list

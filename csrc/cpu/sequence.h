@@ -13,12 +13,12 @@ struct Sequence {
   int64_t k_offset;
   int64_t seqlen_q;
   int64_t seqlen_k;
-  int64_t diagonal_offset;
+  int64_t band_offset;
 };
 
 // Sequence number b of the batch.
 FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
-  Sequence s = {0, 0, p.seqlen_q, p.seqlen_k, p.diagonal_offset};
+  Sequence s = {0, 0, p.seqlen_q, p.seqlen_k, p.band_offset};
   if (p.cu_seqlens_q != nullptr) {
     s.q_offset = p.cu_seqlens_q[b];
     s.seqlen_q = (p.query_ends != nullptr ? p.query_ends[b] : p.cu_seqlens_q[b + 1]) - s.q_offset;
@@ -28,7 +28,7 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
     s.seqlen_k = p.cu_seqlens_k[b + 1] - s.k_offset;
   }
   if (p.key_lengths != nullptr) s.seqlen_k = p.key_lengths[b];
-  if (p.band_from_end) s.diagonal_offset += s.seqlen_k - s.seqlen_q;
+  if (p.band_from_end) s.band_offset += s.seqlen_k - s.seqlen_q;
   return s;
 }
 

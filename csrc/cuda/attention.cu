@@ -272,7 +272,7 @@ int64_t mask_entries(const AttentionParams& a) {
 // They need none if all tiles take equally long, or if each block has one tile at most. The counter has to be reset,
 // and without other work for the preparation kernel this takes a launch.
 bool shares_tiles(const AttentionParams& a, int64_t large_splits) {
-  const bool has_equal_tiles = a.window_left == kUnbounded && a.window_right == kUnbounded &&
+  const bool has_equal_tiles = a.band_left == kUnbounded && a.band_right == kUnbounded &&
                                a.cu_seqlens_q == nullptr && a.key_padding.data == nullptr && a.key_lengths == nullptr &&
                                mask_entries(a) == 0;
   return !has_equal_tiles &&
@@ -348,8 +348,8 @@ Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pieces& pi
   p.mask.entries_per_head = mask_has_heads(a) ? 1 : 0;
   p.mask.entries_per_batch = mask_has_batch(a) ? static_cast<int32_t>(mask_has_heads(a) ? a.num_heads : 1) : 0;
   p.sinks = static_cast<const float*>(a.sinks.data);
-  p.first_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset - a.window_left, -kMaxRows, kMaxRows));
-  p.last_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.diagonal_offset + a.window_right, -kMaxRows, kMaxRows));
+  p.first_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.band_offset - a.band_left, -kMaxRows, kMaxRows));
+  p.last_diagonal = static_cast<int32_t>(std::clamp<int64_t>(a.band_offset + a.band_right, -kMaxRows, kMaxRows));
   p.band_from_end = a.band_from_end;
   p.cu_seqlens_q = a.cu_seqlens_q;
   p.cu_seqlens_k = a.cu_seqlens_k;

@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "../python/entry_points.h"
 #include "../python/problem.h"
@@ -32,19 +33,12 @@ void* current_stream(const Reader& reader) {
   return stream;
 }
 
-// A number that Python has passed.
-int32_t read_number(PyObject* number) {
-  const long value = PyLong_AsLong(number);
-  if (PyErr_Occurred()) throw py::error_already_set();
-  return static_cast<int32_t>(value);
-}
-
 // A number of splits that Python has passed.
-int32_t checked_splits(int32_t count, int32_t least, const char* name) {
+int32_t checked_splits(int64_t count, int32_t least, const char* name) {
   if (count < least || count > kMaxSplits)
     throw py::value_error(std::string(name) + ": expected " + std::to_string(least) + " to " +
                           std::to_string(kMaxSplits) + ", got " + std::to_string(count));
-  return count;
+  return static_cast<int32_t>(count);
 }
 
 // Makes a Call from what Python has passed, without splits. Throws if the kernels do not support a dtype, head dim or
@@ -55,7 +49,7 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
   call.batch_entries = problem.batch_entries;
   call.rows_q = problem.rows_q;
   call.rows_k = problem.rows_k;
-  call.architecture = read_number(architecture);
+  call.architecture = static_cast<int>(read_integer(architecture));
   if (const Argument argument = reader.optional(workspace, "workspace"); argument.given) {
     argument.check_type(ElementType::kFloat32);
     argument.check_unit_stride(0);
@@ -96,6 +90,50 @@ Call read_call(const Reader& reader, const Problem& problem, PyObject* architect
   return call;
 }
 
+// Reads what Python passes to workspace_bytes: each argument has the name of a field.
+WorkspaceNeeds read_needs(const py::kwargs& given) {
+  size_t names = 0;
+  const auto read = [&](const char* name, auto& field) {
+    if (!given.contains(name)) throw py::type_error(std::string("workspace_bytes: no argument ") + name);
+    field = given[name].cast<std::decay_t<decltype(field)>>();
+    ++names;
+  };
+  WorkspaceNeeds needs;
+  read("architecture", needs.architecture);
+  read("is_backward", needs.is_backward);
+  read("wants_dquery", needs.wants_dquery);
+  read("wants_dkey", needs.wants_dkey);
+  read("wants_dvalue", needs.wants_dvalue);
+  read("batch", needs.batch);
+  read("batch_entries", needs.batch_entries);
+  read("num_heads", needs.num_heads);
+  read("num_kv_heads", needs.num_kv_heads);
+  read("rows_q", needs.rows_q);
+  read("rows_k", needs.rows_k);
+  read("seqlen_q", needs.seqlen_q);
+  read("seqlen_k", needs.seqlen_k);
+  read("head_dim", needs.head_dim);
+  read("value_dim", needs.value_dim);
+  read("is_packed", needs.is_packed);
+  read("has_key_padding", needs.has_key_padding);
+  read("relative_bias_heads", needs.relative_bias_heads);
+  std::optional<std::array<int64_t, 4>> dbias_shape;
+  read("dbias_shape", dbias_shape);
+  needs.wants_dbias = dbias_shape.has_value();
+  needs.dbias_shape = dbias_shape.value_or(needs.dbias_shape);
+  read("wants_dkey_bias", needs.wants_dkey_bias);
+  read("wants_drelative_bias", needs.wants_drelative_bias);
+  read("mask_entries", needs.mask_entries);
+  read("decode_splits", needs.splits.decode);
+  read("large_splits", needs.splits.large);
+  read("dq_splits", needs.gradient_splits.dq);
+  read("dk_splits", needs.gradient_splits.dk);
+  checked_splits(needs.gradient_splits.dq, 1, "dq_splits");
+  checked_splits(needs.gradient_splits.dk, 1, "dk_splits");
+  if (names != given.size()) throw py::type_error("workspace_bytes: an argument that it does not have");
+  return needs;
+}
+
 // Calls a function without Python's global lock. A lack of memory on the GPU becomes the error that torch raises for
 // it.
 template <class Function>
@@ -114,13 +152,16 @@ const char kForwardDoc[] =
     "Writes those of the results that are not None. See the module's docstring for the arguments.";
 
 PyObject* forward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 7, kForwardDoc);
-  const Inputs inputs = Inputs::of(args[0]);
+  struct Arguments {
+    PyObject *inputs, *results, *config, *decode_splits, *large_splits, *architecture, *workspace;
+  };
+  const auto a = arguments_of<Arguments>(args, count, kForwardDoc);
+  const Inputs inputs = Inputs::of(a.inputs);
   const Reader reader = reader_like(inputs.query);
-  const Problem problem = read_forward(reader, inputs, Results::of(args[1]), args[2]);
-  Call call = read_call(reader, problem, args[5], args[6]);
-  call.splits = {checked_splits(read_number(args[3]), 0, "decode_splits"),
-                 checked_splits(read_number(args[4]), 0, "large_splits")};
+  const Problem problem = read_forward(reader, inputs, Results::of(a.results), a.config);
+  Call call = read_call(reader, problem, a.architecture, a.workspace);
+  call.splits = {checked_splits(read_integer(a.decode_splits), 0, "decode_splits"),
+                 checked_splits(read_integer(a.large_splits), 0, "large_splits")};
   call_unlocked([&] { gpu::forward(call); });
   Py_RETURN_NONE;
 }
@@ -130,13 +171,16 @@ const char kBackwardDoc[] =
     "Overwrites those of the gradients that are not None. See the module's docstring for the arguments.";
 
 PyObject* backward(PyObject* const* args, Py_ssize_t count) {
-  check_count(count, 8, kBackwardDoc);
-  const Inputs inputs = Inputs::of(args[0]);
+  struct Arguments {
+    PyObject *inputs, *saved, *gradients, *config, *dq_splits, *dk_splits, *architecture, *workspace;
+  };
+  const auto a = arguments_of<Arguments>(args, count, kBackwardDoc);
+  const Inputs inputs = Inputs::of(a.inputs);
   const Reader reader = reader_like(inputs.query);
-  const Problem problem = read_backward(reader, inputs, Saved::of(args[1]), Gradients::of(args[2]), args[3]);
-  Call call = read_call(reader, problem, args[6], args[7]);
-  call.gradient_splits = {checked_splits(read_number(args[4]), 1, "dq_splits"),
-                          checked_splits(read_number(args[5]), 1, "dk_splits")};
+  const Problem problem = read_backward(reader, inputs, Saved::of(a.saved), Gradients::of(a.gradients), a.config);
+  Call call = read_call(reader, problem, a.architecture, a.workspace);
+  call.gradient_splits = {checked_splits(read_integer(a.dq_splits), 1, "dq_splits"),
+                          checked_splits(read_integer(a.dk_splits), 1, "dk_splits")};
   call_unlocked([&] { gpu::backward(call); });
   Py_RETURN_NONE;
 }
@@ -168,51 +212,11 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
   define_config(module);
   if (PyModule_AddFunctions(module.ptr(), gpu::kMethods) != 0) throw py::error_already_set();
   module.def(
-      "workspace_bytes",
-      [](int architecture, bool is_backward, bool wants_dquery, bool wants_dkey, bool wants_dvalue, int64_t batch,
-         int64_t batch_entries, int64_t num_heads, int64_t num_kv_heads, int64_t rows_q, int64_t rows_k,
-         int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim, bool is_packed, bool has_key_padding,
-         int64_t relative_bias_heads, int64_t mask_entries, std::optional<std::array<int64_t, 4>> dbias_shape,
-         bool wants_dkey_bias, bool wants_drelative_bias, int32_t decode_splits, int32_t large_splits,
-         int32_t dq_splits, int32_t dk_splits, int64_t value_dim) {
-        gpu::WorkspaceNeeds needs;
-        needs.architecture = architecture;
-        needs.is_backward = is_backward;
-        needs.wants_dquery = wants_dquery;
-        needs.wants_dkey = wants_dkey;
-        needs.wants_dvalue = wants_dvalue;
-        needs.batch = batch;
-        needs.batch_entries = batch_entries;
-        needs.num_heads = num_heads;
-        needs.num_kv_heads = num_kv_heads;
-        needs.rows_q = rows_q;
-        needs.rows_k = rows_k;
-        needs.seqlen_q = seqlen_q;
-        needs.seqlen_k = seqlen_k;
-        needs.head_dim = head_dim;
-        needs.is_packed = is_packed;
-        needs.has_key_padding = has_key_padding;
-        needs.relative_bias_heads = relative_bias_heads;
-        needs.mask_entries = mask_entries;
-        needs.wants_dbias = dbias_shape.has_value();
-        needs.dbias_shape = dbias_shape.value_or(needs.dbias_shape);
-        needs.wants_dkey_bias = wants_dkey_bias;
-        needs.wants_drelative_bias = wants_drelative_bias;
-        needs.splits = {decode_splits, large_splits};
-        needs.gradient_splits = {gpu::checked_splits(dq_splits, 1, "dq_splits"),
-                                 gpu::checked_splits(dk_splits, 1, "dk_splits")};
-        needs.value_dim = value_dim;
-        return gpu::workspace_bytes(needs);
-      },
-      py::kw_only(), py::arg("architecture"), py::arg("is_backward"), py::arg("wants_dquery"), py::arg("wants_dkey"),
-      py::arg("wants_dvalue"), py::arg("batch"), py::arg("batch_entries"), py::arg("num_heads"),
-      py::arg("num_kv_heads"), py::arg("rows_q"), py::arg("rows_k"), py::arg("seqlen_q"), py::arg("seqlen_k"),
-      py::arg("head_dim"), py::arg("is_packed"), py::arg("has_key_padding"), py::arg("relative_bias_heads"),
-      py::arg("mask_entries"), py::arg("dbias_shape"), py::arg("wants_dkey_bias"), py::arg("wants_drelative_bias"),
-      py::arg("decode_splits"), py::arg("large_splits"), py::arg("dq_splits"), py::arg("dk_splits"),
-      py::arg("value_dim"),
-      "Size of the workspace in bytes. batch_entries and rows_q are those of the query tensor, batch counts "
-      "sequences.");
+      "workspace_bytes", [](const py::kwargs& needs) { return gpu::workspace_bytes(gpu::read_needs(needs)); },
+      "Size of the workspace in bytes. The arguments are the fields of WorkspaceNeeds, by name. In place of the two\n"
+      "kinds of splits there are decode_splits, large_splits, dq_splits and dk_splits. dbias_shape is None if dbias "
+      "is\n"
+      "not wanted.");
   module.def(
       "unusable_reason", [](int device) { return gpu::call_unlocked([&] { return gpu::unusable_reason(device); }); },
       py::arg("device"),

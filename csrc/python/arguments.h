@@ -1,4 +1,4 @@
-// A tensor argument of a call from Python: its metadata, and the checks of dtype, shape and strides.
+// An argument of a call from Python: a tensor with its metadata and the checks of dtype, shape and strides, or a number.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -93,6 +93,17 @@ struct Argument {
     if (type != expected) fail(name_of(expected), name_of(type));
   }
 
+  // The dtype must be one that query, key and value may have.
+  void check_float() const {
+    if (type > ElementType::kBFloat16) fail("float32, float64, float16 or bfloat16", name_of(type));
+  }
+
+  // The number of dimensions must be `expected`.
+  void check_ndim(int32_t expected) const {
+    if (tensor.ndim != expected)
+      fail(std::to_string(expected) + (expected == 1 ? " dimension" : " dimensions"), std::to_string(tensor.ndim));
+  }
+
   // The number of dimensions and all sizes must be `expected`.
   void check_shape(std::initializer_list<int64_t> expected) const {
     check_shape(expected.begin(), static_cast<int32_t>(expected.size()));
@@ -137,6 +148,23 @@ struct Argument {
     return {data(), step(0), step(1), step(2), step(3)};
   }
 };
+
+// Numbers that Python has passed. They throw if the object is no such number.
+inline int64_t read_integer(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+inline double read_double(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+inline bool read_bool(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw py::error_already_set();
+  return value != 0;
+}
 
 // Reads tensor arguments, and checks that they are on the device of the call.
 struct Reader {

@@ -1,5 +1,5 @@
-// The arguments of a call that are not tensors. Python makes a Config once for each problem and passes it with every
-// call, because the conversion of ten Python numbers would take longer than a small kernel.
+// The options of a call. Python makes them once for each problem, by the function Config, and passes the result with
+// every call, because the conversion of ten Python numbers would take longer than a small kernel.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
-#include <optional>
 #include <string>
 
 #include "../common/attention_params.h"
@@ -17,32 +16,13 @@ namespace fused_attn {
 
 namespace py = pybind11;
 
-constexpr char kConfigName[] = "fused_attn.Config";  // the name of the capsule, by which a call recognises a Config
+constexpr char kConfigName[] = "fused_attn.Config";  // the name of the capsule, by which a call recognises it
 
-// The fields of the same names in AttentionParams. max_seqlen_q and max_seqlen_k are used by packed calls only.
-struct Config {
-  double scale;
-  double softcap;
-  int64_t window_left;
-  int64_t window_right;
-  int64_t diagonal_offset;
-  bool has_dropout;
-  uint32_t dropout_threshold;
-  double dropout_scale;
-  DropoutOrigin dropout_origin;
-  int64_t max_seqlen_q;
-  int64_t max_seqlen_k;
-  bool band_from_end;
-  int64_t num_splits;
-  bool is_part;
-};
-
-// The side of a window as kernels take it: None, -1 and very large numbers mean that the side has no bound.
-inline int64_t window_or_unbounded(std::optional<int64_t> window, const char* name) {
-  if (!window || *window == -1 || *window > kUnbounded) return kUnbounded;
-  if (*window < 0)
-    throw py::value_error(std::string(name) + ": expected None, -1 or a count of keys, got " + std::to_string(*window));
-  return *window;
+// The side of a band as kernels take it: -1 and very large numbers mean that the side has no bound.
+inline int64_t side_or_unbounded(int64_t side, const char* name) {
+  if (side < -1)
+    throw py::value_error(std::string(name) + ": expected -1 or a count of keys, got " + std::to_string(side));
+  return side == -1 || side > kUnbounded ? kUnbounded : side;
 }
 
 inline void check_dropout_p(double dropout_p) {
@@ -64,63 +44,52 @@ inline double dropout_scale(double dropout_p) {
   return dropout_p < 1.0 ? kDropoutNumbers / (kDropoutNumbers - dropout_threshold(dropout_p)) : 0.0;
 }
 
-// Checks the arguments of Config and converts them.
-inline Config make_config(double scale, double softcap, std::optional<int64_t> window_left,
-                          std::optional<int64_t> window_right, int64_t diagonal_offset, double dropout_p,
-                          std::array<int64_t, 4> dropout_origin, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                          bool band_from_end, int64_t num_splits, bool is_part) {
-  check_dropout_p(dropout_p);
-  if (std::abs(diagonal_offset) > kUnbounded)
-    throw py::value_error("diagonal_offset: " + std::to_string(diagonal_offset) + " is out of range");
-  if (num_splits < 0 || num_splits > kMaxSplits)
-    throw py::value_error("num_splits: expected 0 to " + std::to_string(kMaxSplits) + ", got " +
-                          std::to_string(num_splits));
-  Config config{};
-  config.scale = scale;
-  config.softcap = softcap;
-  config.window_left = window_or_unbounded(window_left, "window_left");
-  config.window_right = window_or_unbounded(window_right, "window_right");
-  config.diagonal_offset = diagonal_offset;
-  config.has_dropout = dropout_p > 0.0;
-  config.dropout_threshold = dropout_threshold(dropout_p);
-  config.dropout_scale = dropout_scale(dropout_p);
-  const auto [batch, head, query, key] = dropout_origin;
-  config.dropout_origin = {batch, head, query, key};
-  config.max_seqlen_q = max_seqlen_q;
-  config.max_seqlen_k = max_seqlen_k;
-  config.band_from_end = band_from_end;
-  config.num_splits = num_splits;
-  config.is_part = is_part;
-  return config;
-}
-
-// Adds the function Config to a Python module. The function returns a Config in a capsule, because a call reads a
-// capsule in a tenth of the time that a pybind11 class takes.
+// Adds the function Config to a Python module. The function returns AttentionOptions in a capsule, because a call reads
+// a capsule in a tenth of the time that a pybind11 class takes.
 inline void define_config(py::module_& module) {
   module.def(
       "Config",
-      [](double scale, double softcap, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-         int64_t diagonal_offset, double dropout_p, std::array<int64_t, 4> dropout_origin, int64_t max_seqlen_q,
-         int64_t max_seqlen_k, bool band_from_end, int64_t num_splits, bool is_part) {
-        auto config = std::make_unique<Config>(make_config(scale, softcap, window_left, window_right, diagonal_offset,
-                                                           dropout_p, dropout_origin, max_seqlen_q, max_seqlen_k,
-                                                           band_from_end, num_splits, is_part));
+      [](double scale, double softcap, int64_t band_left, int64_t band_right, int64_t band_offset, bool band_from_end,
+         double dropout_p, std::array<int64_t, 4> dropout_origin, int64_t max_seqlen_q, int64_t max_seqlen_k,
+         int64_t num_splits, bool is_part) {
+        check_dropout_p(dropout_p);
+        if (std::abs(band_offset) > kUnbounded)
+          throw py::value_error("band_offset: " + std::to_string(band_offset) + " is out of range");
+        if (num_splits < 0 || num_splits > kMaxSplits)
+          throw py::value_error("num_splits: expected 0 to " + std::to_string(kMaxSplits) + ", got " +
+                                std::to_string(num_splits));
+        auto options = std::make_unique<AttentionOptions>();
+        options->scale = scale;
+        options->softcap = softcap;
+        options->band_left = side_or_unbounded(band_left, "band_left");
+        options->band_right = side_or_unbounded(band_right, "band_right");
+        options->band_offset = band_offset;
+        options->band_from_end = band_from_end;
+        options->has_dropout = dropout_p > 0.0;
+        options->dropout_threshold = dropout_threshold(dropout_p);
+        options->dropout_scale = dropout_scale(dropout_p);
+        const auto [batch, head, query, key] = dropout_origin;
+        options->dropout_origin = {batch, head, query, key};
+        options->max_seqlen_q = max_seqlen_q;
+        options->max_seqlen_k = max_seqlen_k;
+        options->num_splits = num_splits;
+        options->is_part = is_part;
         const auto free = [](PyObject* capsule) {
-          delete static_cast<Config*>(PyCapsule_GetPointer(capsule, kConfigName));
+          delete static_cast<AttentionOptions*>(PyCapsule_GetPointer(capsule, kConfigName));
         };
-        PyObject* capsule = PyCapsule_New(config.get(), kConfigName, free);
+        PyObject* capsule = PyCapsule_New(options.get(), kConfigName, free);
         if (capsule == nullptr) throw py::error_already_set();
-        config.release();
+        options.release();
         return py::reinterpret_steal<py::object>(capsule);
       },
-      py::arg("scale"), py::arg("softcap") = 0.0, py::arg("window_left") = py::none(),
-      py::arg("window_right") = py::none(), py::arg("diagonal_offset") = 0, py::arg("dropout_p") = 0.0,
+      py::arg("scale"), py::arg("softcap") = 0.0, py::arg("band_left") = -1, py::arg("band_right") = -1,
+      py::arg("band_offset") = 0, py::arg("band_from_end") = false, py::arg("dropout_p") = 0.0,
       py::arg("dropout_origin") = std::array<int64_t, 4>{}, py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0,
-      py::arg("band_from_end") = false, py::arg("num_splits") = 0, py::arg("is_part") = false,
-      "The arguments of a call that are not tensors: made once for each problem, passed with every call. A window of\n"
-      "None or -1 has no bound. dropout_origin is (batch, head, query, key). max_seqlen_q and max_seqlen_k are\n"
-      "used by packed calls only. num_splits of 0 lets the kernel choose. is_part is for backward: lse is that of\n"
-      "rows with more keys than those of the call.");
+      py::arg("num_splits") = 0, py::arg("is_part") = false,
+      "The options of a call (AttentionOptions): made once for each problem, passed with every call. A side of the\n"
+      "band of -1 has no bound. dropout_origin is (batch, head, query, key). max_seqlen_q and max_seqlen_k are used\n"
+      "by packed calls only. num_splits of 0 lets the kernel choose. is_part is for backward: lse is that of rows\n"
+      "with more keys than those of the call.");
 }
 
 }  // namespace fused_attn

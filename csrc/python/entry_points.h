@@ -7,15 +7,20 @@
 #include <new>
 #include <string>
 
+#include "inputs.h"
+
 namespace fused_attn {
 
 namespace py = pybind11;
 
-// Checks the number of arguments. `doc` begins with the signature of the function, for the error message.
-inline void check_count(Py_ssize_t count, Py_ssize_t expected, const char* doc) {
-  if (count != expected)
-    throw py::type_error("expected " + std::to_string(expected) + " arguments, got " + std::to_string(count) + ": " +
-                         doc);
+// The arguments of a function under their names, which are the fields of a struct (inputs.h). `doc` begins with the
+// signature of the function, for the error message.
+template <class Fields>
+Fields arguments_of(PyObject* const* args, Py_ssize_t count, const char* doc) {
+  if (count != kFields<Fields>)
+    throw py::type_error("expected " + std::to_string(kFields<Fields>) + " arguments, got " + std::to_string(count) +
+                         ": " + doc);
+  return fields_of<Fields>(args);
 }
 
 // A function that Python can call: calls `implementation`, and turns C++ exceptions into Python exceptions.

@@ -3,19 +3,34 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <string>
+#include <type_traits>
 
 namespace fused_attn {
 
 namespace py = pybind11;
 
-// The items of a tuple. Throws TypeError unless it has exactly `Count` items. The references are borrowed.
-template <Py_ssize_t Count>
-PyObject* const* items_of(PyObject* tuple, const char* name) {
-  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != Count)
-    throw py::type_error(std::string(name) + ": expected a tuple of " + std::to_string(Count) + ", got " +
+// How many objects a struct consists of. All of its fields must be pointers to Python objects, or such structs.
+template <class Fields>
+constexpr Py_ssize_t kFields = sizeof(Fields) / sizeof(PyObject*);
+
+// Gives `items` the names of the fields of a struct, in their order. The references are borrowed.
+template <class Fields>
+Fields fields_of(PyObject* const* items) {
+  static_assert(std::is_trivially_copyable_v<Fields> && sizeof(Fields) % sizeof(PyObject*) == 0);
+  Fields fields;
+  std::memcpy(&fields, items, sizeof(fields));
+  return fields;
+}
+
+// The same for the items of a tuple. Throws TypeError unless there are as many items as fields.
+template <class Fields>
+Fields fields_of_tuple(PyObject* tuple, const char* name) {
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != kFields<Fields>)
+    throw py::type_error(std::string(name) + ": expected a tuple of " + std::to_string(kFields<Fields>) + ", got " +
                          Py_TYPE(tuple)->tp_name);
-  return &PyTuple_GET_ITEM(tuple, 0);
+  return fields_of<Fields>(&PyTuple_GET_ITEM(tuple, 0));
 }
 
 // The inputs of a call. Those after `value` may be None.
@@ -23,44 +38,28 @@ struct Inputs {
   PyObject *query, *key, *value, *bias, *key_bias, *relative_bias, *sinks, *seed, *mask, *key_ranges, *key_padding,
       *key_lengths, *cu_seqlens_q, *cu_seqlens_k, *block_table;
 
-  // Borrows the items of the tuple that Python has passed.
-  static Inputs of(PyObject* tuple) {
-    PyObject* const* x = items_of<15>(tuple, "inputs");
-    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], x[12], x[13], x[14]};
-  }
+  static Inputs of(PyObject* tuple) { return fields_of_tuple<Inputs>(tuple, "inputs"); }
 };
 
 // The tensors that forward writes. lse and row_max may be None.
 struct Results {
   PyObject *out, *lse, *row_max;
 
-  // Borrows the items of the tuple that Python has passed.
-  static Results of(PyObject* tuple) {
-    PyObject* const* x = items_of<3>(tuple, "results");
-    return {x[0], x[1], x[2]};
-  }
+  static Results of(PyObject* tuple) { return fields_of_tuple<Results>(tuple, "results"); }
 };
 
 // The tensors that backward writes, each named after its input. None means that the gradient is not wanted.
 struct Gradients {
   PyObject *query, *key, *value, *bias, *key_bias, *relative_bias, *sinks;
 
-  // Borrows the items of the tuple that Python has passed.
-  static Gradients of(PyObject* tuple) {
-    PyObject* const* x = items_of<7>(tuple, "gradients");
-    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6]};
-  }
+  static Gradients of(PyObject* tuple) { return fields_of_tuple<Gradients>(tuple, "gradients"); }
 };
 
 // What backward gets besides the inputs: the results of forward and their gradients. dlse may be None.
 struct Saved {
   PyObject *out, *lse, *dout, *dlse;
 
-  // Borrows the items of the tuple that Python has passed.
-  static Saved of(PyObject* tuple) {
-    PyObject* const* x = items_of<4>(tuple, "saved");
-    return {x[0], x[1], x[2], x[3]};
-  }
+  static Saved of(PyObject* tuple) { return fields_of_tuple<Saved>(tuple, "saved"); }
 };
 
 }  // namespace fused_attn

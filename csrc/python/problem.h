@@ -26,26 +26,12 @@ struct Problem {
   int64_t rows_k = 0;         // the size of dimension 2 of key, likewise; the rows of a page if the call is paged
 };
 
-// Copies the arguments that are not tensors from `object`, a capsule that the Python function Config has returned.
-inline void set_config(AttentionParams& params, PyObject* object) {
+// Copies the options from `object`, a capsule that the Python function Config has returned.
+inline void set_options(AttentionParams& params, PyObject* object) {
   if (!PyCapsule_IsValid(object, kConfigName))
     throw py::type_error(std::string("config: expected what Config returns, got ") + Py_TYPE(object)->tp_name);
-  const auto& config = *static_cast<const Config*>(PyCapsule_GetPointer(object, kConfigName));
-  params.scale = config.scale;
-  params.softcap = config.softcap;
-  params.window_left = config.window_left;
-  params.window_right = config.window_right;
-  params.diagonal_offset = config.diagonal_offset;
-  params.band_from_end = config.band_from_end;
-  params.num_splits = config.num_splits;
-  params.is_part = config.is_part;
-  params.has_dropout = config.has_dropout;
-  params.dropout_threshold = config.dropout_threshold;
-  params.dropout_scale = config.dropout_scale;
-  params.dropout_origin = config.dropout_origin;
-  // For packed calls. In other calls, set_tensors overwrites the two lengths.
-  params.seqlen_q = config.max_seqlen_q;
-  params.seqlen_k = config.max_seqlen_k;
+  AttentionOptions& options = params;
+  options = *static_cast<const AttentionOptions*>(PyCapsule_GetPointer(object, kConfigName));
 }
 
 // Checks the offsets of packed sequences and returns them. A wrong offset would make the kernel read and write outside
@@ -113,9 +99,9 @@ inline TensorView key_padding_view(const Argument& argument, int64_t batch, int6
 inline void set_sizes(Problem& problem, const Argument& query, const Argument& key, const Argument& value) {
   AttentionParams& params = problem.params;
   for (const Argument* argument : {&query, &key, &value}) {
-    if (argument->tensor.ndim != 4) argument->fail("4 dimensions", std::to_string(argument->tensor.ndim));
+    argument->check_ndim(4);
   }
-  if (query.type > ElementType::kBFloat16) query.fail("float32, float64, float16 or bfloat16", name_of(query.type));
+  query.check_float();
   problem.type = query.type;
   problem.accumulate_type = query.type == ElementType::kFloat64 ? ElementType::kFloat64 : ElementType::kFloat32;
   problem.batch_entries = query.size(0);
@@ -207,8 +193,10 @@ inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& 
   if (cu_seqlens_q.tensor.ndim != 1 || cu_seqlens_q.size(0) < 1)
     cu_seqlens_q.fail("shape (batch + 1,)", "shape " + shape_text(cu_seqlens_q.tensor.shape, cu_seqlens_q.tensor.ndim));
   params.batch = cu_seqlens_q.size(0) - 1;
+  params.seqlen_q = params.max_seqlen_q;
   params.cu_seqlens_q = checked_cu_seqlens(reader, cu_seqlens_q, params.batch, problem.rows_q, params.seqlen_q);
   if (!cu_seqlens_k.given) return;  // set_key_lengths sets the lengths of the keys
+  params.seqlen_k = params.max_seqlen_k;
   cu_seqlens_k.check_shape({params.batch + 1});
   params.cu_seqlens_k = checked_cu_seqlens(reader, cu_seqlens_k, params.batch, problem.rows_k, params.seqlen_k);
 }
@@ -330,7 +318,7 @@ inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inpu
 inline Problem read_shared(const Reader& reader, const Inputs& inputs, PyObject* out, const Argument& lse,
                            PyObject* config) {
   Problem problem;
-  set_config(problem.params, config);
+  set_options(problem.params, config);
   set_tensors(problem, reader, inputs, out, lse);
   set_masks(problem, reader, inputs);
   return problem;

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_attn.attention import dropout
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
-from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
+from fused_attn.attention.problem import AttentionProblem
 
 
 class Backend(Protocol):
@@ -61,9 +61,9 @@ def native_numbers(problem: AttentionProblem) -> dict[str, Any]:
     return {
         "scale": problem.scale,
         "softcap": problem.softcap,
-        "window_left": None if band.left == UNBOUNDED else band.left,
-        "window_right": None if band.right == UNBOUNDED else band.right,
-        "diagonal_offset": band.offset,
+        "band_left": band.left,
+        "band_right": band.right,
+        "band_offset": band.offset,
         "band_from_end": band.is_from_end,
         "dropout_p": problem.dropout_p,
         "dropout_origin": problem.dropout_origin,

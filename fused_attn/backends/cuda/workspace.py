@@ -73,12 +73,13 @@ def workspace_bytes(
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
     """
     batch_entries, num_heads, rows_q, _ = query_shape
+    wants = Wanted() if wanted is None else wanted
     return hardware.module.workspace_bytes(
         architecture=hardware.architecture(problem, has_large_kernels=key_splits.large > 0),
         is_backward=wanted is not None,
-        wants_dquery=wanted is not None and wanted.query,
-        wants_dkey=wanted is not None and wanted.key,
-        wants_dvalue=wanted is not None and wanted.value,
+        wants_dquery=wants.query,
+        wants_dkey=wants.key,
+        wants_dvalue=wants.value,
         batch=problem.batch,
         batch_entries=batch_entries,
         num_heads=num_heads,
@@ -93,8 +94,8 @@ def workspace_bytes(
         relative_bias_heads=relative_bias_heads,
         mask_entries=mask_entries,
         dbias_shape=dbias_shape,
-        wants_dkey_bias=wanted is not None and wanted.key_bias,
-        wants_drelative_bias=wanted is not None and wanted.relative_bias,
+        wants_dkey_bias=wants.key_bias,
+        wants_drelative_bias=wants.relative_bias,
         decode_splits=key_splits.decode,
         large_splits=key_splits.large,
         dq_splits=gradient_splits.dq,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,17 @@ _C = pytest.importorskip("fused_attn._C", reason="the native extension is not bu
 pytestmark = pytest.mark.quick
 
 B, H, HKV, L, S, D, DV = 2, 4, 2, 5, 7, 8, 6
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("fields", [Inputs, Gradients, Saved])
+def test_python_and_cpp_name_the_same_tensors_in_the_same_order(fields: Any) -> None:
+    """Tensors of one dtype and shape would change places without an error."""
+    text = (ROOT / "csrc" / "python" / "inputs.h").read_text()
+    struct = re.search(rf"struct {fields.__name__} {{\n  PyObject (.*?);", text, re.DOTALL)
+    assert struct is not None
+    assert re.findall(r"\w+", struct[1]) == list(fields._fields)
 
 
 def call() -> dict[str, Any]:
