@@ -1,5 +1,7 @@
 // Exponential, logarithm and tanh of vectors. The error bounds were measured.
 #pragma once
+#include <iterator>
+
 #include "vec.h"
 
 namespace fused_attn::cpu {
@@ -15,6 +17,7 @@ template <>
 struct FloatTraits<float> {
   static constexpr float kLowest = -3.40282346638528859812e+38f;
   static constexpr float kInfinity = __builtin_inff();
+  static constexpr float kLeastNormal = 0x1p-126f;
   static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23; t + kRoundMagic - kRoundMagic is t as an integer
   static constexpr int kMantissaBits = 23;
   static constexpr float kExp2Lowest = -126.0f;  // below this number, exp2 returns 0
@@ -30,6 +33,7 @@ template <>
 struct FloatTraits<double> {
   static constexpr double kLowest = -1.79769313486231570815e+308;
   static constexpr double kInfinity = __builtin_inf();
+  static constexpr double kLeastNormal = 0x1p-1022;
   static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52, see FloatTraits<float>
   static constexpr int kMantissaBits = 52;
   static constexpr double kExp2Lowest = -1022.0;
@@ -123,29 +127,50 @@ FA_INLINE Vec<float> exp2_to_round(Vec<float> t) {
 }
 #endif
 
+// 2^t - 1 for t between -126 and 127. The error is relative to the result even where t is near 0: the terms of the
+// polynomial have no constant there, from which 1 would be subtracted.
+template <class T>
+FA_INLINE Vec<T> exp2_minus_1(Vec<T> t) {
+  using Traits = FloatTraits<T>;
+#if defined(__AVX512F__)
+  const Vec<T> integer = round_to_integer(t);
+  const Vec<T> power = scale_or_zero(broadcast<T>(T(1)), integer, t, Traits::kExp2Lowest);
+#else
+  const Vec<T> rounded = t + Traits::kRoundMagic;
+  const Vec<T> integer = rounded - Traits::kRoundMagic;
+  const IntVec<T> exponent = reinterpret_cast<IntVec<T>>(rounded) << Traits::kMantissaBits;
+  const Vec<T> power = reinterpret_cast<Vec<T>>(reinterpret_cast<IntVec<T>>(broadcast<T>(T(1))) + exponent);
+#endif
+  const Vec<T> fraction = t - integer;
+  constexpr int kTerms = std::size(Traits::kExp2Coefficients) - 1;
+  Vec<T> terms = broadcast<T>(Traits::kExp2Coefficients[0]);
+  FA_UNROLL
+  for (int k = 1; k < kTerms; ++k) terms = terms * fraction + Traits::kExp2Coefficients[k];
+  return power * (terms * fraction) + (power - T(1));
+}
+
+// 1 / x, with an error of 1 ulp, for x from 1 to 2^120.
+FA_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+FA_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  // The first guess has 14 bits. A division would take as long as ten of these instructions.
+  const auto guess = reinterpret_cast<Vec<float>>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
+  return guess + guess * (1.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // tanh(x) with an error of 3 ulp. The error is relative to the result even where x is near 0, because softcap must
 // leave small logits as they are.
 template <class T>
 FA_INLINE Vec<T> tanh(Vec<T> x) {
-  const Vec<T> z = x * x;
-  Vec<T> near_zero;
-  if constexpr (sizeof(T) == 4) {
-    constexpr float kOdd[] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
-                              -3.33332819422e-1f};
-    near_zero = x + x * z * horner<T>(z, kOdd);
-  } else {
-    constexpr double kNumerator[] = {-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3};
-    constexpr double kDenominator[] = {1.0, 1.12811678491632931402e2, 2.23548839060100448583e3,
-                                       4.84406305325125486048e3};
-    near_zero = x + x * z * (horner<T>(z, kNumerator) / horner<T>(z, kDenominator));
-  }
-  const Vec<T> magnitude = select<T>(x < 0, -x, x);
-  // From 20 on, tanh rounds to 1 in float and in double. The bound keeps the argument of exp2 in its range. NaN stays
-  // NaN.
-  const Vec<T> bounded = min<T>(broadcast<T>(T(20)), magnitude);
-  const Vec<T> e = exp2<T>(bounded * T(2 * kLog2E));
-  const Vec<T> far = T(1) - T(2) / (e + T(1));
-  return select<T>(magnitude < T(0.625), near_zero, select<T>(x < 0, -far, far));
+  // From 20 on, tanh rounds to 1 in float and in double. The bounds keep the argument of exp2_minus_1 in its range. NaN
+  // stays NaN.
+  const Vec<T> bounded = max<T>(broadcast<T>(T(-20)), min<T>(broadcast<T>(T(20)), x));
+  const Vec<T> e = exp2_minus_1<T>(bounded * T(2 * kLog2E));
+  const Vec<T> t = e * reciprocal(e + T(2));
+  return max<T>(broadcast<T>(T(-1)), min<T>(broadcast<T>(T(1)), t));
 }
 
 // The logarithm and the exponential of a single number.

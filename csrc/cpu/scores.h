@@ -49,8 +49,11 @@ struct ScoreInputs {
 // accumulators, also in calls without softcap.
 template <class Lane>
 FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivative) {
+  // The factor must be finite, so that a score of 0 stays 0.
+  constexpr Lane kLeast = FloatTraits<Lane>::kLeastNormal;
+  const Lane inverse = Lane(1) / (cap > kLeast ? cap : kLeast);
   for (int i = 0; i < count; i += kLanes<Lane>) {
-    const Vec<Lane> t = tanh<Lane>(load<Lane>(scores + i) / cap);
+    const Vec<Lane> t = tanh<Lane>(load<Lane>(scores + i) * inverse);
     store<Lane>(scores + i, t * cap);
     if (derivative != nullptr) store<Lane>(derivative + i, Lane(1) - t * t);
   }
