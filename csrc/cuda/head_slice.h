@@ -55,21 +55,26 @@ GPU_DEVICE int32_t listed_page(const Pages& pages, int32_t batch, int32_t key) {
 // The page that a number of the table stands for: the nearest one that exists.
 GPU_DEVICE int32_t existing_page(const Pages& pages, int32_t listed) { return clamp_to(listed, 0, pages.count - 1); }
 
-// Fills in the head slice of a batch entry or sequence. Reads cu_seqlens in packed problems, and key_lengths.
+// Row `sequence` of cu_seqlens, or the nearest row that the tensor has. cu_seqlens is read on the GPU only, so it may
+// hold any numbers.
+GPU_DEVICE int32_t offset_in(const int32_t* cu_seqlens, int32_t sequence, int32_t rows) {
+  return clamp_to(load_global(cu_seqlens + sequence), 0, rows);
+}
+
+// Fills in the head slice of a batch entry or sequence. Reads cu_seqlens in packed problems, and key_lengths. Whatever
+// these hold, the rows of the head slice lie within the tensors and the workspace.
 GPU_DEVICE HeadSlice head_slice_of(const Params& p, int32_t batch, int32_t head, int32_t kv_head) {
   HeadSlice head_slice{batch, head, kv_head, 0, 0, p.seqlen_q, p.seqlen_k, 0};
   if (p.cu_seqlens_q != nullptr) {
-    head_slice.q_offset = load_global(p.cu_seqlens_q + batch);
-    // cu_seqlens is read on the GPU only, so it may contradict the largest length that the caller has given. The
-    // minimum keeps accesses within the workspace, and within the sequence's own gradients.
-    head_slice.seqlen_q = min(load_global(p.cu_seqlens_q + batch + 1) - head_slice.q_offset, p.seqlen_q);
+    head_slice.q_offset = offset_in(p.cu_seqlens_q, batch, p.rows_q);
+    head_slice.seqlen_q = clamp_to(offset_in(p.cu_seqlens_q, batch + 1, p.rows_q) - head_slice.q_offset, 0, p.seqlen_q);
     // A sequence may end within a row block. So each sequence before this one may take one block more than its rows
     // fill.
     head_slice.padded_q_offset = (head_slice.q_offset / kRowBlock + batch) * kRowBlock;
   }
   if (p.cu_seqlens_k != nullptr) {
-    head_slice.k_offset = load_global(p.cu_seqlens_k + batch);
-    head_slice.seqlen_k = min(load_global(p.cu_seqlens_k + batch + 1) - head_slice.k_offset, p.seqlen_k);
+    head_slice.k_offset = offset_in(p.cu_seqlens_k, batch, p.rows_k);
+    head_slice.seqlen_k = clamp_to(offset_in(p.cu_seqlens_k, batch + 1, p.rows_k) - head_slice.k_offset, 0, p.seqlen_k);
   }
   if (p.key_lengths != nullptr) head_slice.seqlen_k = clamp_to(load_global(p.key_lengths + batch), 0, p.seqlen_k);
   return head_slice;

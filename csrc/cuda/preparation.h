@@ -78,10 +78,9 @@ GPU_DEVICE void pack_padding(const Params& p, const PaddingParams& padding, int3
 // Lists the tiles of queries of a packed call, sequence by sequence. One warp calls this. A pass of the loop lists
 // those of 32 sequences, of which each lane has one.
 GPU_DEVICE void list_query_tiles(const Params& p, const QueryTileParams& list, Lane lane) {
-  // The offsets have not been checked, so a sequence may seem to have any number of rows.
   const auto rows_of = [&](int32_t sequence) {
     if (sequence >= p.batch) return 0;
-    return load_global(p.cu_seqlens_q + sequence + 1) - load_global(p.cu_seqlens_q + sequence);
+    return offset_in(p.cu_seqlens_q, sequence + 1, p.rows_q) - offset_in(p.cu_seqlens_q, sequence, p.rows_q);
   };
   int32_t listed = 0;
   for (int32_t first = 0; first < p.batch; first += 32) {
@@ -93,6 +92,7 @@ GPU_DEVICE void list_query_tiles(const Params& p, const QueryTileParams& list, L
       const int32_t before = shuffle(end, max(lane.index - step, 0));
       if (lane.index >= step) end += before;
     }
+    // With wrong offsets, sequences may have more tiles together than the list has room for.
     for (int32_t block = 0, next = listed + end - tiles; block < tiles && next < list.most; ++block, ++next) {
       store_global(list.tiles + next, QueryTile{sequence, block});
     }

@@ -22,7 +22,7 @@ GPU_DEVICE BlockRange blocks_of_split(BlockRange range, int32_t split, int32_t n
 GPU_DEVICE HeadSlice split_slice_of(const Params& p, int32_t batch, int32_t head) {
   HeadSlice head_slice = head_slice_of(p, batch, head, head / p.group_size);
   if (p.cu_seqlens_q != nullptr) {
-    const int32_t queries = load_global(p.cu_seqlens_q + batch + 1) - head_slice.q_offset;
+    const int32_t queries = offset_in(p.cu_seqlens_q, batch + 1, p.rows_q) - head_slice.q_offset;
     if (queries < p.splits.fewest_queries || queries > p.splits.most_queries) head_slice.seqlen_q = 0;
   }
   return head_slice;

@@ -23,8 +23,10 @@ std::string tensor_map_error(const TensorMapSpec& spec) {
     if (i == 0) continue;
     if (spec.stride_bytes[i] % kAlignment)
       return dimension + ": stride of " + text(spec.stride_bytes[i]) + " bytes, expected a multiple of 16";
-    if (spec.stride_bytes[i] < 0 || spec.stride_bytes[i] >= kMaxStrideBytes)
-      return dimension + ": stride of " + text(spec.stride_bytes[i]) + " bytes, expected less than 2^40";
+    // A dimension with one index may have any stride. All others need one that moves.
+    const bool is_broadcast = spec.stride_bytes[i] == 0 && spec.sizes[i] > 1;
+    if (spec.stride_bytes[i] < 0 || spec.stride_bytes[i] >= kMaxStrideBytes || is_broadcast)
+      return dimension + ": stride of " + text(spec.stride_bytes[i]) + " bytes, expected less than 2^40, and not 0";
   }
   const int inner_bytes = spec.box[0] * element_bytes(spec.element);
   if (inner_bytes % kAlignment) return "the box's rows have " + text(inner_bytes) + " bytes, expected a multiple of 16";

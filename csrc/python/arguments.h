@@ -170,9 +170,10 @@ inline bool read_bool(PyObject* object) {
 struct Reader {
   ExchangeDevice device;
   int32_t device_index = -1;  // -1: any
+  // Whether elements of a tensor may be read. On a GPU, the host would have to wait for the kernels that write them. The
+  // emulation of a GPU does not read them either.
+  bool may_look_inside = false;
 
-  // Whether elements of a tensor may be read. On a GPU, the host would have to wait for the kernels that write them.
-  bool may_look_inside() const { return device == ExchangeDevice::kCpu; }
   // Reads an argument that must be a tensor, or one that may be None as well.
   Argument required(PyObject* object, const char* name) const;
   Argument optional(PyObject* object, const char* name) const {

@@ -9,7 +9,7 @@
 namespace fused_attn {
 namespace {
 
-constexpr Reader kReader{ExchangeDevice::kCpu};
+constexpr Reader kReader{ExchangeDevice::kCpu, /*device_index=*/-1, /*may_look_inside=*/true};
 
 // The argument num_threads as a number. 65536 is a limit that no machine reaches, and it fits into int32_t.
 int32_t thread_count(PyObject* num_threads) {

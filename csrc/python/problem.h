@@ -41,7 +41,7 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
   cu_seqlens.check_type(ElementType::kInt32);
   cu_seqlens.check_unit_stride(0);
   const auto* starts = reinterpret_cast<const int32_t*>(cu_seqlens.data());
-  if (!reader.may_look_inside()) return starts;
+  if (!reader.may_look_inside) return starts;
   bool valid = starts[0] >= 0 && starts[batch] <= total;
   for (int64_t b = 0; valid && b < batch; ++b) {
     const int64_t length = int64_t{starts[b + 1]} - starts[b];
@@ -169,7 +169,7 @@ inline void set_key_lengths(Problem& problem, const Reader& reader, const Inputs
     params.key_lengths = reinterpret_cast<const int32_t*>(key_lengths.data());
   }
   if (block_table.given) set_pages(problem, key, block_table);
-  if (key_lengths.given && reader.may_look_inside()) check_lengths(params, key_lengths, block_table);
+  if (key_lengths.given && reader.may_look_inside) check_lengths(params, key_lengths, block_table);
 }
 
 // Sets the number of sequences and their lengths. Checks the offsets of packed sequences. Packed queries have packed
@@ -310,7 +310,7 @@ inline void set_masks(Problem& problem, const Reader& reader, const Inputs& inpu
     seed.check_type(ElementType::kInt64);
     seed.check_shape({});
     params.dropout_seed_data = reinterpret_cast<const int64_t*>(seed.data());
-    if (reader.may_look_inside()) params.dropout_seed = static_cast<uint64_t>(*params.dropout_seed_data);
+    if (reader.may_look_inside) params.dropout_seed = static_cast<uint64_t>(*params.dropout_seed_data);
   }
 }
 

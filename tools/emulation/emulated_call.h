@@ -55,7 +55,7 @@ inline Call on_device(Call call) {
   };
   use_scores(p.mask, 1, false);
   use_scores(p.bias, p.bias_dtype == DType::kFloat32 ? 4 : 2, false);
-  use_scores(p.dbias, 4, true);
+  use_scores(p.dbias, p.dbias_dtype == DType::kFloat32 ? 4 : 2, true);
   use_scores(p.key_bias, 4, false);
   use_scores(p.dkey_bias, 4, true);
   const int64_t diagonals = p.seqlen_q + p.seqlen_k - 1;

@@ -78,7 +78,7 @@ struct QueryGradientRings {
   uint32_t cleaning;
 
   GPU_DEVICE explicit QueryGradientRings(uint32_t shared) {
-    cleaning = lay_out_rings(shared + Plan::kRings, q, dout, k, v);
+    cleaning = lay_out_rings<Plan::kBytes - Plan::kRings, 8>(shared + Plan::kRings, q, dout, k, v);
   }
   GPU_DEVICE void init() const {
     init_rings(kGradientConsumerWarps, q, dout, k, v);
@@ -272,7 +272,7 @@ struct KeyGradientRings {
   uint32_t cleaning;
 
   GPU_DEVICE explicit KeyGradientRings(uint32_t shared) {
-    cleaning = lay_out_rings(shared + Plan::kRings, k, v, q, dout, statistics);
+    cleaning = lay_out_rings<Plan::kBytes - Plan::kRings, 8>(shared + Plan::kRings, k, v, q, dout, statistics);
   }
   GPU_DEVICE void init() const {
     init_rings(kGradientConsumerWarps, k, v, q, dout, statistics);

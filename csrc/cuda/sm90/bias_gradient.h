@@ -104,7 +104,7 @@ struct BiasGradientRings {
   Ring<1> bias;
 
   GPU_DEVICE explicit BiasGradientRings(uint32_t shared) : shared(shared) {
-    lay_out_rings(shared + Plan::kRings, slots, bias);
+    lay_out_rings<Plan::kBytesWithoutBias - Plan::kRings, 0>(shared + Plan::kRings, slots, bias);
   }
   GPU_DEVICE void init() const {
     init_rings(kGradientConsumerWarps, slots, bias);

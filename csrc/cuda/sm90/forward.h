@@ -242,7 +242,8 @@ struct ForwardRings {
   uint32_t shared;    // address of the dynamic shared memory
 
   GPU_DEVICE explicit ForwardRings(uint32_t shared) : shared(shared) {
-    cleaning = lay_out_rings(shared + Plan::kRings, q, k, v, tiles, notes, bias);
+    cleaning =
+        lay_out_rings<Plan::kBytesWithoutBias - Plan::kRings, 8>(shared + Plan::kRings, q, k, v, tiles, notes, bias);
   }
 
   // Initialises all barriers. One thread calls this, before the block synchronises.

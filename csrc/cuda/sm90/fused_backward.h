@@ -134,12 +134,12 @@ struct FusedBackwardRings {
   uint32_t cleaning;  // a barrier for each loading warp, see TileLoader::cleaning
 
   GPU_DEVICE explicit FusedBackwardRings(uint32_t shared) {
-    dscores = lay_out_rings(shared + Plan::kBarriers, work, k, v, q, dout);
+    constexpr uint32_t kOwn = 16 + 24 * Plan::kConsumers + 16;
+    dscores =
+        lay_out_rings<Plan::kBytesWithoutBias - Plan::kBarriers, kOwn>(shared + Plan::kBarriers, work, k, v, q, dout);
     dq_full = dscores + 16;
     dq_empty = dq_full + 16 * Plan::kConsumers;
     cleaning = dq_empty + 8 * Plan::kConsumers;
-    static_assert(work.kBytes + k.kBytes + v.kBytes + q.kBytes + dout.kBytes + 16 + 24 * Plan::kConsumers + 16 <=
-                  Plan::kBytes - Plan::kBarriers);
   }
   // The barrier for the part of dq that warpgroup `group` writes in `step`.
   GPU_DEVICE uint32_t dq_full_of(int group, uint32_t step) const { return dq_full + 16 * group + step % 2 * 8; }

@@ -121,15 +121,33 @@ GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work, int32_t pro
   return b;
 }
 
+// Whether the offsets of packed sequences ascend within the rows of their tensor. All lanes of a warp call this.
+GPU_DEVICE bool offsets_ascend(const int32_t* cu_seqlens, int32_t batch, int32_t rows, Lane lane) {
+  if (cu_seqlens == nullptr) return true;
+  bool is_wrong = false;
+  for (int32_t sequence = lane.index; sequence < batch; sequence += 32) {
+    const int32_t offset = load_global(cu_seqlens + sequence), end = load_global(cu_seqlens + sequence + 1);
+    is_wrong |= offset < 0 || end < offset || end > rows;
+  }
+  return !warp_any(is_wrong);
+}
+
 // Writes the entries of the list of blocks of keys for batch entries first_batch ... end_batch - 1. The caller is
 // number `thread` of the `threads` threads that share them. Of each head, the last blocks are taken first. The splits
-// of a block come one after another. So a block of keys still waits only for entries before its own.
+// of a block come one after another. So a block of keys still waits only for entries before its own. All threads of a
+// warp call this.
+//
+// If the offsets of sequences do not ascend, the list has no block of keys. For sequences that overlap would count their
+// turns at the same tiles of dq (DqTurn), and blocks of keys that are not listed would never take theirs. The others
+// would wait for ever.
 template <int kBlockM>
 GPU_DEVICE void list_key_blocks(const Params& p, int32_t first_batch, int32_t end_batch, int64_t thread,
                                 int64_t threads) {
   const int32_t kv_heads = p.num_heads / p.group_size;
   const int64_t of_entry = int64_t{kv_heads} * p.num_key_blocks * p.dk_splits;
   const int64_t end = p.lists_key_blocks_by_offset ? p.num_listed_key_blocks : end_batch * of_entry;
+  const bool has_blocks = offsets_ascend(p.cu_seqlens_q, p.batch, p.rows_q, this_lane()) &&
+                          offsets_ascend(p.cu_seqlens_k, p.batch, p.rows_k, this_lane());
   for (int64_t i = first_batch * of_entry + thread; i < end; i += threads) {
     WorkTile work;
     int32_t program = static_cast<int32_t>(i);
@@ -143,6 +161,7 @@ GPU_DEVICE void list_key_blocks(const Params& p, int32_t first_batch, int32_t en
           program_of(work, p.num_key_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
       program = block * p.dk_splits + part.split;
     }
+    if (!has_blocks) work.block = -1;
     const KeyBlock b = key_block<kBlockM>(p, work, program);
     Vec4 words[kKeyBlockBytes / 16];
     __builtin_memcpy(words, &b, kKeyBlockBytes);

@@ -24,9 +24,11 @@ struct Ring {
   }
 };
 
-// Gives each ring its barriers, one ring after another from `address` on. Returns the address behind the last barrier.
-template <int... kSlots>
+// Gives each ring its barriers, one ring after another from `address` on, where the plan has kRoom bytes for barriers.
+// Returns the address behind the last barrier of the rings. The caller's own barriers, of kOwn bytes, follow there.
+template <uint32_t kRoom, uint32_t kOwn, int... kSlots>
 GPU_DEVICE uint32_t lay_out_rings(uint32_t address, Ring<kSlots>&... rings) {
+  static_assert((Ring<kSlots>::kBytes + ... + kOwn) <= kRoom);
   ((rings.barriers = address, address += rings.kBytes), ...);
   return address;
 }
