@@ -1,16 +1,19 @@
 """The compiled modules: imports `fused_attn._C`, and explains why `_C` or `fused_attn._cuda` is missing.
 
 `_C` is the compiled module, or None. `why_no_C` is the reason, with advice; an empty text if there is a module.
+`why_stale` is the reason if the modules are there, but were built from other sources.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import sys
 import sysconfig
 import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 #: Values of settings with which a build chooses by itself what it contains. All other values but OFF are lists.
@@ -99,12 +102,43 @@ def _installed_copy(module: str) -> Path | None:
     return None if compiled is None else Path(package.origin).parent
 
 
+def _interface() -> str | None:
+    """A hash of the sources that say how Python calls the modules; None if the sources are not beside the package.
+
+    csrc/CMakeLists.txt computes the same hash for the build.
+    """
+    csrc = PACKAGE.parent / "csrc"
+    sources = [*csrc.glob("python/*.cpp"), *csrc.glob("python/*.h"), *csrc.glob("cuda/bindings.cpp")]
+    if not sources:
+        return None
+    hashes = sorted(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def _why_stale(build_info: dict[str, Any]) -> str:
+    """Why the compiled modules do not fit the sources beside them, with advice; an empty text if they fit.
+
+    An editable install takes new Python files at once, as after ``git pull``, but keeps the modules until the next
+    install. Their functions may then take other arguments than Python passes.
+    """
+    if _interface() in (None, build_info.get("interface")):
+        return ""
+    return (
+        f"the sources in {PACKAGE.parent / 'csrc'} have changed since the native modules were built; "
+        f"{install_command()} builds them again"
+    )
+
+
 try:
     import fused_attn._C as _C
 except ImportError as error:
     # The package may have been installed without a C++ compiler. The other backends work, and `info` shows why_no_C.
     _C = None
     why_no_C = why_missing("_C", "a C++ compiler such as g++", error)
+    why_stale = ""
     warn_of_sources()
 else:
-    why_no_C = ""
+    why_no_C = why_stale = _why_stale(_C.build_info())
+    if why_stale:
+        _C = None
+        warnings.warn(f"fused_attn runs without its native kernels: {why_stale}", stacklevel=2)

@@ -147,6 +147,29 @@ def test_the_kernels_are_of_this_version() -> None:
     assert cpu._C.build_info()["version"] == fused_attn.__version__
 
 
+@needs_kernels
+def test_modules_that_were_built_before_the_sources_changed(sources: Path) -> None:
+    """After `git pull` in the clone of an editable install, Python runs the new files and finds the old modules.
+
+    Without the check, a call would raise TypeError, because a function takes other arguments.
+    """
+    assert native.why_stale == "" and native._why_stale(native._C.build_info()) == ""
+    for extension in PACKAGE.glob("_C*.so"):
+        shutil.copy(extension, sources / "fused_attn")
+    shutil.copytree(ROOT / "csrc", sources / "csrc")
+    code = """import torch, fused_attn
+x = torch.randn(1, 1, 2, 8)
+fused_attn.fused_attention(x, x, x)
+print(fused_attn.explain(x, x, x).chosen)"""
+    first = python("-c", code, cwd=sources, site=sources)
+    assert first.stdout == "cpu\n" and "without its native kernels" not in first.stderr, first.stderr
+    with open(sources / "csrc" / "python" / "inputs.h", "a") as file:
+        file.write("// A new function.\n")
+    second = python("-c", code, cwd=sources, site=sources)
+    assert second.stdout == "reference\n"
+    assert "have changed since the native modules were built; `pip install -e" in second.stderr
+
+
 @pytest.mark.quick
 def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)  # makes the import of transformers fail

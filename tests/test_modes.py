@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.bias import causal_lower_right
@@ -24,6 +25,24 @@ def test_jit_trace_records_attention():
     second = [x + 1 for x in second]
     traced = torch.jit.trace(fused_attention, first, check_trace=False)
     assert torch.equal(traced(*second), fused_attention(*second))
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_jit_trace_checks_the_module(is_training: bool):
+    """torch traces a second time without gradients, and compares the graphs."""
+
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = FusedMultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    module = Caller().train(is_training)
+    traced = torch.jit.trace(module, (torch.randn(2, 10, 32),))
+    x = torch.randn(3, 7, 32)
+    torch.testing.assert_close(traced(x), module(x))
 
 
 def test_make_fx_records_attention():

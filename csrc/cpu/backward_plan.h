@@ -51,6 +51,8 @@ bool has_few_queries(const AttentionParams& p) {
   // A softmax over more keys, dropout, and masks that differ among the heads of a group are left to backward.h.
   const bool own_masks = has_score_mask_of_heads(p) && p.num_heads != p.num_kv_heads;
   if (p.is_part || p.has_dropout || own_masks) return false;
+  // A KeyBlock tells in the bits of a word which queries see a key.
+  if (p.seqlen_q > kBlockQ) return false;
   // The probs and dscores of a head group must not take more memory than its keys and values.
   if (2 * p.num_heads * p.seqlen_q > p.num_kv_heads * (p.head_dim + p.value_dim)) return false;
   // Compares the instructions for one key. backward.h needs a multiply-add for each lane of the row in three products,

@@ -99,7 +99,7 @@ py::dict build_info() {
 #endif
   return py::dict("version"_a = FUSED_ATTN_VERSION, "compiler"_a = FUSED_ATTN_COMPILER, "openmp"_a = openmp,
                   "cpu_isas"_a = cpu::compiled_isas(), "sanitize"_a = bool{FUSED_ATTN_SANITIZE},
-                  "settings"_a = FUSED_ATTN_SETTINGS);
+                  "settings"_a = FUSED_ATTN_SETTINGS, "interface"_a = FUSED_ATTN_INTERFACE);
 }
 
 const char kModuleDoc[] = R"(The native kernels of fused_attn.

@@ -669,7 +669,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise RuntimeError(f"{name}: expected the device of the module, {weight.device}, got {x.device}")
             if x.dtype == weight.dtype:
                 continue
-            hint = "or torch.autocast"
+            hint = "or torch.autocast" if x.dtype.is_floating_point else "as embeddings or features have"
             if modes.is_autocast_enabled(x.device):
                 uncast = [y for y in (x.dtype, weight.dtype) if y == torch.float64 or not y.is_floating_point]
                 if not uncast:

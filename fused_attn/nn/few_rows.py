@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _get_tracing_state
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -68,8 +69,11 @@ def native_call(
 
 
 def call(module: Any, x: Tensor) -> Tensor:
-    """``module(x)``. The module may be of any class. Only plain linear layers are computed by `linear`."""
-    if torch.is_grad_enabled() or not is_plain(module):
+    """``module(x)``. The module may be of any class. Only plain linear layers are computed by `linear`.
+
+    A trace of torch.jit calls the module, too. For torch traces once more without gradients, and compares the graphs.
+    """
+    if torch.is_grad_enabled() or _get_tracing_state() is not None or not is_plain(module):
         return module(x)
     return linear(x, module._parameters["weight"], module._parameters["bias"])
 

@@ -18,17 +18,21 @@ def replace_attention(
     """
     fused: dict[nn.Module, FusedMultiheadAttention] = {}  # one module may be registered in several places
     left_alone = []
+    # torch.compile(attention) has a parent that calls the old module, whatever takes its place among the children. The
+    # class has no public name, and to import it takes seconds.
+    callers = [module for module in model.modules() if type(module).__module__.startswith("torch._dynamo")]
+    compiled = {child for caller in callers for child in caller.children()}
     for name, module in model.named_modules():
         if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
             continue
-        if type(module) is not nn.MultiheadAttention or "forward" in vars(module):
+        if type(module) is not nn.MultiheadAttention or "forward" in vars(module) or module in compiled:
             left_alone.append(f"{name or 'the model'} ({type(module).__name__})")
         else:
             fused[module] = FusedMultiheadAttention.from_torch(module, backend, skip_padded_queries=skip_padded_queries)
     if left_alone:
         warnings.warn(
-            "convert_attention: left alone, because they are of a subclass, parametrised or with a forward of their "
-            "own: " + ", ".join(left_alone),
+            "convert_attention: left alone, because they are of a subclass, parametrised, compiled by torch.compile or "
+            "with a forward of their own: " + ", ".join(left_alone),
             stacklevel=3,
         )
     for parent in list(model.modules()):

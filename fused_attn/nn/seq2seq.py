@@ -229,9 +229,11 @@ class Seq2SeqTransformer(nn.Module):
             node = call_node(self, src, tgt)
             if node is not None:
                 return node
-        checks.check_tensor("src", src)
-        checks.check_tensor("tgt", tgt)
-        if src.shape[:1] != tgt.shape[:1]:
+        for name, tokens in (("src", src), ("tgt", tgt)):
+            checks.check_tensor(name, tokens)
+            if tokens.dim() != 2:
+                raise ValueError(f"{name}: expected shape (B, L), got {tuple(tokens.shape)}")
+        if src.shape[0] != tgt.shape[0]:
             raise ValueError(f"tgt: expected the batch size of src, {src.shape[0]}, got shape {tuple(tgt.shape)}")
         return self.decode(tgt, *self.encode(src))
 

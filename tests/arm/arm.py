@@ -55,6 +55,7 @@ def build(cache: Path) -> tuple[Path, Path]:
         [FOLDER / "arm_kernels.cpp", CSRC / "cpu/kernels_baseline.cpp"],
     )
     build_info = (
+        'FUSED_ATTN_INTERFACE=""',
         'FUSED_ATTN_SETTINGS=""',
         'FUSED_ATTN_VERSION=""',
         'FUSED_ATTN_COMPILER="Clang"',

@@ -166,6 +166,17 @@ def test_attention_of_other_classes_and_with_a_forward_of_its_own_is_left_alone(
     assert type(model["plain"]) is FusedMultiheadAttention
 
 
+def test_attention_that_torch_compile_wraps_is_left_alone() -> None:
+    """The compiled function would go on calling torch's module, which eval() would no longer reach."""
+    model = nn.Sequential(torch.compile(nn.MultiheadAttention(E, H, dropout=0.5), backend="eager"))
+    with pytest.warns(UserWarning, match=r"left alone.* compiled .*: 0\._orig_mod \(MultiheadAttention\)"):
+        convert_attention(model)
+    assert type(model[0]._orig_mod) is nn.MultiheadAttention
+    x = torch.randn(5, 2, E)
+    model.eval()
+    assert torch.equal(model[0](x, x, x)[0], model[0](x, x, x)[0])
+
+
 def test_a_module_that_was_compiled_calls_the_fused_kernel(calls: list[dict[str, Any]]) -> None:
     model = nn.Sequential(nn.MultiheadAttention(E, H))
     model[0].compile(backend="eager")

@@ -488,13 +488,14 @@ def test_counts_that_are_no_ints_raise(name):
     ("src", "tgt", "error", "message"),
     [
         (SRC.double(), TGT, TypeError, "src: expected int64 or int32 tokens, got torch.float64"),
-        (SRC, TGT[0], ValueError, r"tgt: expected"),
+        (SRC, TGT[0], ValueError, r"tgt: expected shape \(B, L\), got \(8,\)"),
+        (SRC[0], TGT[0], ValueError, r"src: expected shape \(B, L\), got"),
         (SRC, TGT[:2], ValueError, r"tgt: expected the batch size of src, 6, got shape \(2, 8\)"),
         (SRC + 1, TGT, ValueError, r"src: expected tokens in \[0, 11\), got 1 to 11"),
         (SRC, TGT - 1, ValueError, r"tgt: expected tokens in \[0, 9\), got -1 to 7"),
         (padded_to(SRC, 33), TGT, ValueError, "src: expected at most max_len=32 tokens, got 33"),
     ],
-    ids=["dtype", "rank", "batch", "too-high", "too-low", "too-long"],
+    ids=["dtype", "rank", "both-ranks", "batch", "too-high", "too-low", "too-long"],
 )
 def test_errors_of_forward(src, tgt, error, message):
     with pytest.raises(error, match=message):

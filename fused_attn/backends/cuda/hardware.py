@@ -24,7 +24,9 @@ except ImportError as error:
     module = None
     missing = why_not_installed(error)
 else:
-    missing = ""
+    missing = native.why_stale
+    if missing:
+        module = None
 
 
 #: The kernels for sm_90a load keys in pieces of this many rows, kLeastPieceRows of csrc/cuda/tiles.h.

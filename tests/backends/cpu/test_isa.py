@@ -173,6 +173,26 @@ def test_case(case: cases.Case, isa: str) -> None:
         cases.check(case, dtype, "cpu")
 
 
+@pytest.mark.parametrize("seqlen_k", [1, 2, 3])
+@pytest.mark.parametrize("seqlen_q", [63, 64, 65, 72, 73])
+def test_gradients_of_few_keys_and_about_as_many_queries_as_a_word_has_bits(
+    isa: str, seqlen_q: int, seqlen_k: int
+) -> None:
+    """A mask hides the keys from all queries but a few. The queries behind the 64th are those that a shift loses."""
+    mask = torch.zeros(seqlen_q, seqlen_k, dtype=torch.bool)
+    mask[:3] = mask[-1] = True
+    case = cases.Case("few-keys", seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=96, attn_mask=lambda *_: mask)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        cases.check(case, dtype, "cpu")
+    leaves = [torch.randn(1, 1, rows, 96, requires_grad=True) for rows in (seqlen_q, seqlen_k, seqlen_k)]
+    results = []
+    for backend in ("cpu", "reference"):
+        out = fused_attn.fused_attention(*leaves, mask, backend=backend)
+        results.append(torch.autograd.grad(out.sum(), leaves))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 3])
 @pytest.mark.parametrize("head_dim", [40, 64])
