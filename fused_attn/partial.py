@@ -174,7 +174,7 @@ def attention_partial_backward(
     """
     saved = Saved(out=out, lse=lse, dout=dout, dlse=dlse)
     chosen = PartialOptions.of("attention_partial_backward", options)
-    return backward(query, key, value, saved, chosen, wanted or Wanted(*[True] * 7), into)
+    return backward(query, key, value, saved, chosen, wanted or Wanted(*(True for _ in Wanted._fields)), into)
 
 
 @torch.no_grad()
@@ -200,8 +200,7 @@ def backward(
     saved = saved._replace(
         out=saved.out.to(query.dtype), lse=saved.lse.to(problem.accumulate_dtype), dout=saved.dout.to(query.dtype)
     )
-    existing = (True, True, True, problem.has_bias, inputs.key_bias is not None, problem.has_relative_bias, False)
-    wanted = Wanted(*(a and b for a, b in zip(wanted, existing, strict=True)))
+    wanted = Wanted(*(a and x is not None for a, x in zip(wanted, inputs, strict=False)))
     # The reference backend computes out and lse again, which would be those of this part alone.
     kernel = formula.backward_from_saved if backend.is_composite else events.named(backend).backward
     found = kernel(problem, inputs, saved, wanted)

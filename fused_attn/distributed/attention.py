@@ -26,7 +26,6 @@ from fused_attn.partial import PartialOptions
 METHODS = ("auto", "ring", "ulysses")
 #: `cheapest_method` takes time, because it counts the blocks of all pairs of ranks. All layers of a model ask the same.
 _cheapest_method = functools.lru_cache(maxsize=256)(cheapest_method)
-#: The options of `PartialOptions` that a shared sequence sets itself, or cannot have.
 #: Options of `attention_partial` that a shared sequence does not take: name -> the reason.
 _REFUSED = {
     "attn_mask": "because no rank holds whole rows of scores; is_causal, window_size and relative_bias take no mask",
