@@ -162,7 +162,7 @@ def test_scale_is_folded_only_where_nothing_is_added_to_scores(case: Case, monke
     launcher.forward(problem.on("sm_90"), inputs, True, True)
     is_changed = problem.softcap != 0.0 or problem.has_relative_bias or not (inputs.bias is inputs.key_bias is None)
     for launches in found:
-        for launch in (launches.forward, launches.dq, launches.dkdv, launches.dbias, launches.dtable):
+        for launch in (launches.forward, launches.dq, launches.dkdv, launches.dbias, launches.drelative_bias):
             assert launch.settings.is_scale_folded is None or not is_changed
 
 

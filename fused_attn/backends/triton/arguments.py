@@ -126,12 +126,12 @@ class Masks(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs) -> Masks:
-        table = inputs.relative_bias
-        if table is not None:
-            table = table.resolve_neg().contiguous()
-        pages = inputs.block_table
-        if pages is not None:
-            pages = pages.contiguous()
+        relative_bias = inputs.relative_bias
+        if relative_bias is not None:
+            relative_bias = relative_bias.resolve_neg().contiguous()
+        block_table = inputs.block_table
+        if block_table is not None:
+            block_table = block_table.contiguous()
         return _new(
             cls,
             (
@@ -140,16 +140,16 @@ class Masks(NamedTuple):
                 NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
                 None if inputs.key_bias is None else inputs.key_bias.resolve_neg().contiguous(),
                 None if inputs.key_padding is None else inputs.key_padding.contiguous(),
-                table,
-                0 if table is None or table.shape[0] == 1 else table.shape[1],
+                relative_bias,
+                0 if relative_bias is None or relative_bias.shape[0] == 1 else relative_bias.shape[1],
                 None if inputs.sinks is None else inputs.sinks.resolve_neg().contiguous(),
                 inputs.seed,
                 None if inputs.key_lengths is None else inputs.key_lengths.contiguous(),
                 inputs.cu_seqlens_q,
                 inputs.cu_seqlens_k,
-                pages,
-                0 if pages is None else pages.shape[1],
-                0 if pages is None else inputs.key.shape[0],
+                block_table,
+                0 if block_table is None else block_table.shape[1],
+                0 if block_table is None else inputs.key.shape[0],
             ),
         )
 
