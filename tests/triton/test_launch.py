@@ -28,6 +28,7 @@ pytest.importorskip("triton.language")
 
 from fused_attn.backends.triton import backend as triton_backend
 from fused_attn.backends.triton import launcher
+from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Scores
 
 EVERY_CASE = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.id, marks=[pytest.mark.quick] if case.is_quick else []) for case in CASES]
@@ -201,6 +202,18 @@ def test_tf32_only_where_torch_allows_it() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("field", Masks._fields)
+def test_every_mask_has_a_kernel_of_its_own(field: str) -> None:
+    """Without a field in `Masks.kind`, a call that has the field would run a kernel that was compiled without it."""
+    absent = getattr(NO_MASKS, field)
+    given = {type(None): torch.zeros(4), int: 1, Scores: Scores.of(torch.zeros(1, 1, 2, 4))}[type(absent)]
+    assert NO_MASKS._replace(**{field: given}).kind != NO_MASKS.kind
+    if isinstance(given, torch.Tensor):
+        other_dtype = NO_MASKS._replace(**{field: given.half()})
+        assert other_dtype.kind != NO_MASKS._replace(**{field: given}).kind
 
 
 @EVERY_CASE

@@ -41,6 +41,9 @@ class Rows(NamedTuple):
         return _new(cls, (x, 0 if is_packed else stride_b, stride_h, stride_row))
 
 
+NO_ROWS = Rows(None)
+
+
 class Scores(NamedTuple):
     """A mask or bias that broadcasts to (B, H, L, S), or ranges. The stride of a dimension of size 1 is 0."""
 
@@ -68,6 +71,9 @@ class Scores(NamedTuple):
         )
 
 
+NO_SCORES = Scores(None)
+
+
 class Masks(NamedTuple):
     """The tensors of a call besides query, key and value. A feature that the call does not use is None.
 
@@ -87,21 +93,21 @@ class Masks(NamedTuple):
     num_pages: how many pages there are
     """
 
-    mask: Scores
-    ranges: Scores
-    bias: Scores
-    key_bias: Tensor | None
-    key_padding: Tensor | None
-    relative_bias: Tensor | None
-    relative_bias_stride_h: int
-    sinks: Tensor | None
-    seed: Tensor | None
-    key_lengths: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    block_table: Tensor | None
-    block_table_stride: int
-    num_pages: int
+    mask: Scores = NO_SCORES
+    ranges: Scores = NO_SCORES
+    bias: Scores = NO_SCORES
+    key_bias: Tensor | None = None
+    key_padding: Tensor | None = None
+    relative_bias: Tensor | None = None
+    relative_bias_stride_h: int = 0
+    sinks: Tensor | None = None
+    seed: Tensor | None = None
+    key_lengths: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    block_table: Tensor | None = None
+    block_table_stride: int = 0
+    num_pages: int = 0
 
     @property
     def kind(self) -> tuple:
@@ -171,9 +177,7 @@ def kind_of(x: Rows | Scores) -> tuple | None:
 #: _new(cls, fields) is cls(*fields) in half of the time. The difference is measurable in a call with small tensors.
 _new = tuple.__new__
 
-NO_ROWS = Rows(None)
-NO_SCORES = Scores(None)
-NO_MASKS = Masks(NO_SCORES, NO_SCORES, NO_SCORES, None, None, None, 0, None, None, None, None, None, None, 0, 0)
+NO_MASKS = Masks()
 NO_MASKS_KIND = NO_MASKS.kind
 
 #: The smallest and the largest scale for which `Settings.is_scale_folded` may be 1.
