@@ -240,7 +240,7 @@ class Settings(NamedTuple):
         is_changed = is_float32 or problem.softcap or problem.has_bias or problem.has_relative_bias
         return cls(
             problem.num_heads,
-            problem.num_heads // max(problem.num_kv_heads, 1),
+            problem.group_size,
             problem.scale,
             1 if _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1] and not is_changed else None,
             problem.softcap or None,
