@@ -33,7 +33,6 @@ from fused_attn.attention.dropout import GROUP, seed_tensor
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import NO_ORIGIN, AttentionProblem, DropoutOrigin
 from fused_attn.backends import dispatch, events
-from fused_attn.derivatives import ops
 
 
 class PackedRows(NamedTuple):
@@ -127,10 +126,9 @@ def results(
 ) -> Results:
     """All results of a part, out of the query's dtype. See `attend`."""
     problem, inputs, _, _ = _planned(query, key, value, options, sinks)
-    if torch.compiler.is_compiling():
-        return ops.call(problem, options.backend, inputs, return_max)
-    backend = dispatch.choose(problem, options.backend)
-    return running.run(problem, backend, modes.is_direct(), inputs, return_lse=True, return_max=return_max)
+    chosen = None if torch.compiler.is_compiling() else dispatch.choose(problem, options.backend)
+    is_direct = modes.is_direct()
+    return running.run(problem, chosen, options.backend, is_direct, inputs, return_lse=True, return_max=return_max)
 
 
 def attention_partial_backward(

@@ -97,7 +97,7 @@ def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tup
     """The (problem, inputs) that a call would hand to its backend. The call itself computes nothing."""
     received = []
 
-    def run(problem, backend, is_direct, inputs, return_lse, return_max):
+    def run(problem, backend, name, is_direct, inputs, return_lse, return_max):
         query, value = inputs.query, inputs.value
         received.append((problem, inputs))
         of_rows = query.new_empty(query.shape[:3])
