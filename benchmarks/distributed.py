@@ -209,7 +209,7 @@ class _Process:
 
     def method(self, method: Method) -> dict[str, float]:
         workload, mesh = self.workload, self.meshes[method]
-        rows = workload.positions(self.world).query.rows(self.rank)
+        rows = workload.scores(self.world).query.rows(self.rank)
         tensors = self.tensors(workload.heads, workload.kv_heads, rows)
         outs: list[Tensor] = []
 

@@ -19,7 +19,6 @@ from fused_attn.attention.causal_bias import causal_bias
 from fused_attn.attention.inputs import NO_OTHERS, Inputs, inputs_of
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import dispatch
-from fused_attn.derivatives import ops
 
 
 def fused_attention(
@@ -166,10 +165,7 @@ def fused_attention(
             query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_ranges, key_padding,
             key_lengths, None, None, None,
         )  # fmt: skip
-    if chosen is None:
-        out, lse, row_max = ops.call(problem, backend, inputs, return_max)
-    else:
-        out, lse, row_max = running.run(problem, chosen, is_direct, inputs, return_lse, return_max)
+    out, lse, row_max = running.run(problem, chosen, backend, is_direct, inputs, return_lse, return_max)
     of_rows: Sequence[Tensor] = _asked_for(lse, row_max, return_lse, return_max) if return_lse or return_max else ()
     if layout is not None:
         out, of_rows = layout.unflatten(out), [layout.unflatten_lse(x) for x in of_rows]
@@ -262,10 +258,7 @@ def fused_attention_varlen(
         query, key, value, None, None, relative_bias, sinks, seed, None, None, None, None,
         cu_seqlens_q, cu_seqlens_k, None,
     )  # fmt: skip
-    if chosen is None:
-        out, lse, row_max = ops.call(problem, backend, inputs, return_max)
-    else:
-        out, lse, row_max = running.run(problem, chosen, is_direct, inputs, return_lse, return_max)
+    out, lse, row_max = running.run(problem, chosen, backend, is_direct, inputs, return_lse, return_max)
     out = out.squeeze(0).transpose(0, 1)
     of_rows = [x.squeeze(0) for x in _asked_for(lse, row_max, return_lse, return_max)]
     return (out, *of_rows) if of_rows else out
@@ -364,10 +357,7 @@ def fused_attention_paged(
         query, key, value, None, None, None, sinks, None, None, None, key_padding, key_lengths, cu_seqlens_q, None,
         block_table,
     )  # fmt: skip
-    if chosen is None:
-        out, lse, _ = ops.call(problem, backend, inputs, False)
-    else:
-        out, lse, _ = running.run(problem, chosen, is_direct, inputs, return_lse, False)
+    out, lse, _ = running.run(problem, chosen, backend, is_direct, inputs, return_lse, False)
     if cu_seqlens_q is not None:
         out, lse = out.squeeze(0).transpose(0, 1), None if lse is None else lse.squeeze(0)
     return (out, lse) if return_lse else out  # type: ignore[return-value]  # as in fused_attention

@@ -33,7 +33,6 @@ from fused_attn.attention.dropout import GROUP, seed_tensor
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.problem import NO_ORIGIN, AttentionProblem, DropoutOrigin
 from fused_attn.backends import dispatch, events
-from fused_attn.derivatives import ops
 
 
 class PackedRows(NamedTuple):
@@ -127,10 +126,9 @@ def results(
 ) -> Results:
     """All results of a part, out of the query's dtype. See `attend`."""
     problem, inputs, _, _ = _planned(query, key, value, options, sinks)
-    if torch.compiler.is_compiling():
-        return ops.call(problem, options.backend, inputs, return_max)
-    backend = dispatch.choose(problem, options.backend)
-    return running.run(problem, backend, modes.is_direct(), inputs, return_lse=True, return_max=return_max)
+    chosen = None if torch.compiler.is_compiling() else dispatch.choose(problem, options.backend)
+    is_direct = modes.is_direct()
+    return running.run(problem, chosen, options.backend, is_direct, inputs, return_lse=True, return_max=return_max)
 
 
 def attention_partial_backward(
@@ -174,7 +172,7 @@ def attention_partial_backward(
     """
     saved = Saved(out=out, lse=lse, dout=dout, dlse=dlse)
     chosen = PartialOptions.of("attention_partial_backward", options)
-    return backward(query, key, value, saved, chosen, wanted or Wanted(*[True] * 7), into)
+    return backward(query, key, value, saved, chosen, wanted or Wanted(*(True for _ in Wanted._fields)), into)
 
 
 @torch.no_grad()
@@ -200,8 +198,7 @@ def backward(
     saved = saved._replace(
         out=saved.out.to(query.dtype), lse=saved.lse.to(problem.accumulate_dtype), dout=saved.dout.to(query.dtype)
     )
-    existing = (True, True, True, problem.has_bias, inputs.key_bias is not None, problem.has_relative_bias, False)
-    wanted = Wanted(*(a and b for a, b in zip(wanted, existing, strict=True)))
+    wanted = Wanted(*(a and x is not None for a, x in zip(wanted, inputs, strict=False)))
     # The reference backend computes out and lse again, which would be those of this part alone.
     kernel = formula.backward_from_saved if backend.is_composite else events.named(backend).backward
     found = kernel(problem, inputs, saved, wanted)

@@ -19,12 +19,22 @@ from fused_attn.derivatives.autograd import apply_fused_attention
 
 
 def run(
-    problem: AttentionProblem, backend: Backend, is_direct: bool, inputs: Inputs, return_lse: bool, return_max: bool
+    problem: AttentionProblem,
+    backend: Backend | None,
+    name: str | None,
+    is_direct: bool,
+    inputs: Inputs,
+    return_lse: bool,
+    return_max: bool,
 ) -> Results:
     """The results of the call. Without return_lse, lse may be None, and without return_max, row_max may be.
 
+    backend: None under compilation, because the operator chooses a backend when the compiled code runs
+    name: the backend that the user has asked for, which the operator takes then; None = any
     is_direct: no tensor is of a subclass, and `modes.is_direct()` is true. The caller has computed this already.
     """
+    if backend is None:
+        return ops.call(problem, name, inputs, return_max)
     if profiler._is_profiler_enabled:
         backend = events.named(backend)
     if backend.is_composite:

@@ -361,12 +361,13 @@ def _paged_attention(
     )  # (B, Hkv, columns, page_size, D)
     key_pages, value_pages = (x.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous() for x in pages)
     integers: dict[str, Any] = {"dtype": torch.int32, "device": query.device}
-    table, lengths = torch.arange(batch * columns, **integers).view(batch, columns), torch.full((batch,), seqlen_k)
+    block_table = torch.arange(batch * columns, **integers).view(batch, columns)
+    lengths = torch.full((batch,), seqlen_k, **integers)
     if case.is_packed:
         query = query.transpose(1, 2).flatten(0, 1)  # (B * L, H, D)
         total = query.shape[0]
         kwargs |= {"cu_seqlens_q": torch.tensor([0, 3, total], **integers), "max_seqlen_q": total}
-    return fused_attention_paged(query, key_pages, value_pages, table, lengths.to(**integers), **kwargs)
+    return fused_attention_paged(query, key_pages, value_pages, block_table, lengths, **kwargs)
 
 
 def _judge(

@@ -70,10 +70,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills uninitialised tensors with NaN (bool:
-
-    True, integers: the lowest one), so that a missing write is noticed.
-    """
+    """Fills uninitialised tensors with NaN, True or the lowest integer, so that a missing write is noticed."""
 
     def poisoning(allocate):
         def poisoned_allocate(*args, **kwargs):

@@ -191,8 +191,7 @@ def attention_varlen(
         k, v = (x[columns[n] : columns[n + 1]].transpose(0, 1) for x in (key, value))
         bias = None
         if relative_bias is not None and q.shape[1] and k.shape[1]:
-            # The bias for distance d is in column d + max_seqlen_q - 1 of the table. `attention` wants it in column d +
-            # L - 1.
+            # The bias for distance d is in column d + max_seqlen_q - 1. `attention` wants it in column d + L - 1.
             first = max_seqlen_q - q.shape[1]
             bias = relative_bias[..., first : first + q.shape[1] + k.shape[1] - 1]
         out, *others = attention(

@@ -99,6 +99,5 @@ def test_the_rule_notices_an_error() -> None:
         moved = {n: x.clone() for n, x in expected.eager.items()}
         moved[name].view(-1)[3] += 1e-3
         grads = {n: moved[f"d{n}"] for n in expected.eager.grads}
-        if moved[name].dtype == torch.float32 and moved[name].view(-1)[3] > float("-inf"):
-            with pytest.raises(AssertionError, match=f"{name}: max error"):
-                oracle.assert_close(oracle.Result(moved["out"], moved["lse"], grads), expected)
+        with pytest.raises(AssertionError, match=f"{name}: max error"):
+            oracle.assert_close(oracle.Result(moved["out"], moved["lse"], grads), expected)

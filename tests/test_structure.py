@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fused_attn.attention.inputs import Inputs, Shapes
+from fused_attn.attention.inputs import Inputs, Saved, Shapes
+from fused_attn.attention.problem import Scalars
+from fused_attn.derivatives import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,6 +84,16 @@ def test_the_native_module_is_imported_in_one_place() -> None:
 def test_shapes_have_the_names_of_inputs() -> None:
     assert Shapes._fields == Inputs._fields
     assert Shapes._field_defaults == Inputs._field_defaults
+
+
+def test_operators_take_the_fields_of_tuples() -> None:
+    """The schemas of the operators spell these fields out, because each has a type of its own there."""
+    assert names_of_schema(ops._SCALARS) == Scalars._fields
+    assert names_of_schema(ops._SAVED) == Saved._fields
+
+
+def names_of_schema(arguments: str) -> tuple[str, ...]:
+    return tuple(argument.split()[-1] for argument in arguments.split(", "))
 
 
 def test_what_breaks_the_rules_is_seen(tmp_path: Path) -> None:

@@ -320,13 +320,13 @@ def check_key_lengths_values(key_lengths: Tensor, seqlen_k: int) -> None:
         raise fail("key_lengths", f"lengths from 0 to {seqlen_k}, the number of keys", lengths)
 
 
-def check_block_table(table: Meta, query: Meta, batch: int) -> None:
+def check_block_table(block_table: Meta, query: Meta, batch: int) -> None:
     """Checks dtype, device and shape of block_table."""
-    _check_int32("block_table", table)
-    check_device("block_table", table, query)
-    if len(table.shape) != 2 or table.shape[0] != batch:
+    _check_int32("block_table", block_table)
+    check_device("block_table", block_table, query)
+    if len(block_table.shape) != 2 or block_table.shape[0] != batch:
         expected = f"shape (B, pages of the longest sequence) with B = {batch}, the number of sequences"
-        raise fail("block_table", expected, _shape(table))
+        raise fail("block_table", expected, _shape(block_table))
 
 
 def check_block_table_values(block_table: Tensor, key_lengths: Tensor, page_size: int, num_pages: int) -> None:

@@ -194,10 +194,11 @@ def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     if problem.is_packed:
         rows, columns = masks.positions(problem, inputs)
         query, key, value = (_without_strays(x, at) for x, at in ((query, rows), (key, columns), (value, columns)))
-    # Key head h serves the query heads h * group ... (h + 1) * group - 1.
-    group = problem.num_heads // max(problem.num_kv_heads, 1)
-    compute = problem.accumulate_dtype
-    key, value = (x.to(compute).repeat_interleave(group, dim=1) if group > 1 else x.to(compute) for x in (key, value))
+    # Key head h serves the query heads h * group_size ... (h + 1) * group_size - 1.
+    compute, group_size = problem.accumulate_dtype, problem.group_size
+    key, value = (x.to(compute) for x in (key, value))
+    if group_size > 1:
+        key, value = (x.repeat_interleave(group_size, dim=1) for x in (key, value))
     sinks = None if inputs.sinks is None else inputs.sinks.to(compute)
     return inputs._replace(query=query.to(compute), key=key, value=value, sinks=sinks)
 
@@ -219,8 +220,7 @@ def _dropout_factors(problem: AttentionProblem, x: Inputs) -> Tensor:
 def _sum_groups(problem: AttentionProblem, dx: Tensor) -> Tensor:
     """Turns the gradients (B, H, S, D) of repeated key heads into (B, Hkv, S, D): the sum over each head group."""
     batch, _, rows, columns = dx.shape
-    group = problem.num_heads // max(problem.num_kv_heads, 1)
-    return dx.reshape(batch, problem.num_kv_heads, group, rows, columns).sum(2).to(problem.dtype)
+    return dx.reshape(batch, problem.num_kv_heads, problem.group_size, rows, columns).sum(2).to(problem.dtype)
 
 
 def _sum_diagonals(problem: AttentionProblem, dbiased: Tensor, x: Inputs, heads: int, num_columns: int) -> Tensor:

@@ -100,7 +100,7 @@ class Shapes(NamedTuple):
 #: The inputs that batch entries or heads share, so that their gradients are sums over these.
 SHARED = ("bias", "key_bias", "relative_bias", "sinks")
 #: The indices of `SHARED` in `Inputs`, `Gradients` and `Wanted`.
-SHARED_ITEMS = slice(3, 7)
+SHARED_ITEMS = slice(3, 3 + len(SHARED))
 
 
 class Gradients(NamedTuple):

@@ -15,7 +15,7 @@ def gather(pages: Tensor, block_table: Tensor) -> Tensor:
     """
     batch, columns = block_table.shape
     num_pages, heads, page_size, row = pages.shape
-    # Not pages[table], whose backward writes in place, which torch's older transforms refuse.
-    table = block_table.flatten().clamp(0, max(num_pages - 1, 0))
-    found = pages.index_select(0, table).view(batch, columns, heads, page_size, row)
+    # Not pages[numbers], whose backward writes in place, which torch's older transforms refuse.
+    numbers = block_table.flatten().clamp(0, max(num_pages - 1, 0))
+    found = pages.index_select(0, numbers).view(batch, columns, heads, page_size, row)
     return found.transpose(1, 2).reshape(batch, heads, columns * page_size, row)

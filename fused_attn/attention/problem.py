@@ -124,6 +124,8 @@ class AttentionProblem:
     dropout_origin: DropoutOrigin = NO_ORIGIN
     is_part: bool = False
     capability: tuple[int, int] | None = None
+    #: How many query heads share a key head.
+    group_size: int = field(init=False, default=1)
     #: The call has no tensors but query, key and value.
     is_plain: bool = field(init=False, default=False)
     #: Keys and values lie in pages, to which a block table leads.
@@ -186,6 +188,7 @@ class AttentionProblem:
         has_others = (
             self.is_packed or self.has_mask or self.num_ranges > 0 or self.has_key_padding or self.has_key_lengths
         ) or self.dropout_p > 0.0
+        object.__setattr__(self, "group_size", self.num_heads // max(self.num_kv_heads, 1))
         object.__setattr__(self, "is_paged", self.page_size != 0)
         object.__setattr__(self, "has_shared", has_shared)
         object.__setattr__(self, "is_plain", not (has_shared or has_others))

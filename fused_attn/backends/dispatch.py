@@ -144,7 +144,7 @@ def _fills_no_tile(problem: AttentionProblem) -> bool:
     """Whether the queries of a head group fit into one tile, fill at most a quarter of a tile for each head, and are
     too many for the decode kernels of CUDA.
     """
-    rows = problem.num_heads // max(problem.num_kv_heads, 1) * problem.seqlen_q
+    rows = problem.seqlen_q * problem.group_size
     has_few = 4 * problem.seqlen_q <= splits.LARGE_TILE_ROWS and problem.num_heads >= 4 * problem.num_kv_heads
     return has_few and rows <= splits.LARGE_TILE_ROWS and not splits.decode_tiles(problem)
 

@@ -16,11 +16,11 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
-    lengths, table = inputs.key_lengths, inputs.block_table
+    lengths, block_table = inputs.key_lengths, inputs.block_table
     if lengths is not None and modes.can_read(lengths):
         checks.check_key_lengths_values(lengths, problem.seqlen_k)
-        if table is not None and modes.can_read(table):
-            checks.check_block_table_values(table, lengths, problem.page_size, inputs.key.shape[0])
+        if block_table is not None and modes.can_read(block_table):
+            checks.check_block_table_values(block_table, lengths, problem.page_size, inputs.key.shape[0])
     return formula.forward(problem, inputs)
 
 

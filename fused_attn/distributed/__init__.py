@@ -5,7 +5,7 @@ blocks.py     which blocks of the scores a rank computes, and which keys it need
 exchange.py   messages between ranks, and how many bytes they have
 ring.py       the queries stay, the keys and values travel
 ulysses.py    each rank gets all rows of some of the heads
-planning.py   how many bytes each method sends
+traffic.py    how many elements each method sends, and which method sends fewest
 cost.py       what a training step costs on many GPUs: time, bytes and memory
 rates.py      how fast kernels are, from measured rows
 __main__.py   ``python -m fused_attn.distributed plan``, with numbers such as 450GB/s in quantities.py

@@ -51,7 +51,7 @@ class Request(NamedTuple):
             return None
         heads = 2 * workload.head_dim * (workload.heads + workload.kv_heads)
         parameters = workload.layers * self.hidden * (heads + 8 * self.hidden)
-        rows = max(map(workload.positions(self.gpus).query.rows, range(self.gpus)))
+        rows = max(map(workload.scores(self.gpus).query.rows, range(self.gpus)))
         return 6 * parameters * workload.batch * rows / self.rates.matmul
 
 
@@ -321,7 +321,7 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 def _uneven(request: Request) -> str | None:
     """A sentence if some ranks hold fewer rows than others."""
-    sharding = request.workload.positions(request.gpus).query
+    sharding = request.workload.scores(request.gpus).query
     rows = [sharding.rows(rank) for rank in range(request.gpus)]
     if min(rows) == max(rows):
         return None

@@ -16,17 +16,16 @@ from fused_attn import partial, planning
 from fused_attn.attention import checks, dropout, masks
 from fused_attn.attention.problem import Band
 from fused_attn.distributed import ulysses
-from fused_attn.distributed.blocks import Documents, Positions
+from fused_attn.distributed.blocks import Documents, SharedScores
 from fused_attn.distributed.exchange import SumGradient
-from fused_attn.distributed.planning import cheapest_method
 from fused_attn.distributed.ring import Ring, RingAttention
 from fused_attn.distributed.sequence import Sharding, group_of, shardings_of
+from fused_attn.distributed.traffic import cheapest_method
 from fused_attn.partial import PartialOptions
 
 METHODS = ("auto", "ring", "ulysses")
 #: `cheapest_method` takes time, because it counts the blocks of all pairs of ranks. All layers of a model ask the same.
 _cheapest_method = functools.lru_cache(maxsize=256)(cheapest_method)
-#: The options of `PartialOptions` that a shared sequence sets itself, or cannot have.
 #: Options of `attention_partial` that a shared sequence does not take: name -> the reason.
 _REFUSED = {
     "attn_mask": "because no rank holds whole rows of scores; is_causal, window_size and relative_bias take no mask",
@@ -103,11 +102,11 @@ def context_parallel_attention(
     described = _described(query, key, value, sinks, method, chosen) if seqlens is None else None
     sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     _check_whole(query, key, value, sinks, chosen, (sharded_q.length, sharded_k.length))
-    positions = Positions(
-        sharded_q, sharded_k, _band(chosen), are_needed=chosen.relative_bias is not None or chosen.dropout_p > 0.0
+    scores = SharedScores(
+        sharded_q, sharded_k, _band(chosen), needs_positions=chosen.relative_bias is not None or chosen.dropout_p > 0.0
     )
     chosen = replace(chosen, seqlen_q=sharded_q.length)
-    out, lse = _shared(mesh, group, method, positions, query, key, value, sinks, chosen)
+    out, lse = _shared(mesh, group, method, scores, query, key, value, sinks, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -178,9 +177,9 @@ def context_parallel_attention_varlen(
         }  # fmt: skip
     seqlens = documents.query[-1], documents.key[-1]
     sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
-    positions = Positions(sharded_q, sharded_k, _band(chosen), are_needed=True, documents=documents)
+    scores = SharedScores(sharded_q, sharded_k, _band(chosen), needs_positions=True, documents=documents)
     chosen = replace(chosen, seqlen_q=max_seqlen_q)
-    out, lse = _shared(mesh, group, method, positions, query, key, value, sinks, chosen)
+    out, lse = _shared(mesh, group, method, scores, query, key, value, sinks, chosen)
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out
 
@@ -211,7 +210,7 @@ def _band(options: PartialOptions) -> Band:
 
 
 def _shared(
-    mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup, method: str, positions: Positions,
+    mesh: DeviceMesh | dist.ProcessGroup, group: dist.ProcessGroup, method: str, scores: SharedScores,
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: PartialOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Computes (out, lse) from checked arguments. group: the group of all ranks of the mesh."""
@@ -221,12 +220,12 @@ def _shared(
         parts = _Parts(mesh.get_group(0), mesh.get_group(1))
     else:
         if method == "auto":
-            method = _cheapest_method(positions, query.shape, key.shape, value.shape)
+            method = _cheapest_method(scores, query.shape, key.shape, value.shape)
         parts = _Parts(group, None) if method == "ring" else _Parts(None, group)
     if options.relative_bias is not None:
         options = replace(options, relative_bias=SumGradient.apply(options.relative_bias, group))
     sinks = None if sinks is None else SumGradient.apply(sinks, group)
-    return _attend(parts, positions, query, key, value, sinks, options)
+    return _attend(parts, scores, query, key, value, sinks, options)
 
 
 class _Parts(NamedTuple):
@@ -237,12 +236,12 @@ class _Parts(NamedTuple):
 
 
 def _attend(
-    parts: _Parts, positions: Positions, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None,
+    parts: _Parts, scores: SharedScores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None,
     options: PartialOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of the rows of this rank. Ranks that divide the heads exchange their shards before and afterwards."""
     if parts.ulysses is None:
-        return _around(parts.ring, positions, query, key, value, sinks, options)
+        return _around(parts.ring, scores, query, key, value, sinks, options)
     world, rank = dist.get_world_size(parts.ulysses), dist.get_rank(parts.ulysses)
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     if num_heads % world != 0:
@@ -252,7 +251,7 @@ def _attend(
         key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
     first = 0 if parts.ring is None else dist.get_rank(parts.ring) * world
     ranks = list(range(first, first + world))
-    rows_q, rows_k = (ulysses.Rows.of(x, ranks) for x in (positions.query, positions.key))
+    rows_q, rows_k = (ulysses.Rows.of(x, ranks) for x in (scores.query, scores.key))
     query = ulysses.SwapShards.apply(query, rows_q, parts.ulysses, True)
     key = ulysses.SwapShards.apply(key, rows_k, parts.ulysses, True)
     value = ulysses.SwapShards.apply(value, rows_k, parts.ulysses, True)
@@ -265,7 +264,7 @@ def _attend(
         relative_bias=bias if bias is None or bias.dim() == 1 or bias.shape[0] == 1 else bias[heads],
         head_offset=heads.start,
     )
-    grouped = positions._replace(query=positions.query.of_groups(world), key=positions.key.of_groups(world))
+    grouped = scores._replace(query=scores.query.of_groups(world), key=scores.key.of_groups(world))
     out, lse = _around(parts.ring, grouped, query, key, value, None if sinks is None else sinks[heads], options)
     out = ulysses.SwapShards.apply(out, rows_q, parts.ulysses, False)
     lse = ulysses.SwapShards.apply(lse.unsqueeze(-1), rows_q, parts.ulysses, False).squeeze(-1)
@@ -273,14 +272,14 @@ def _attend(
 
 
 def _around(
-    group: dist.ProcessGroup | None, positions: Positions, query: Tensor, key: Tensor, value: Tensor,
+    group: dist.ProcessGroup | None, scores: SharedScores, query: Tensor, key: Tensor, value: Tensor,
     sinks: Tensor | None, options: PartialOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) by a ring: the keys travel around the group. A group of one rank calls the kernel directly."""
-    if group is None or positions.key.world == 1:
-        return partial.attend(query, key, value, positions.whole().options(options, query.device), sinks)
+    if group is None or scores.key.world == 1:
+        return partial.attend(query, key, value, scores.whole().options(options, query.device), sinks)
     padding, bias = options.key_padding_mask, options.relative_bias
-    ring = Ring(group, positions, replace(options, key_padding_mask=None, relative_bias=None))
+    ring = Ring(group, scores, replace(options, key_padding_mask=None, relative_bias=None))
     return RingAttention.apply(ring, query, key, value, padding, bias, sinks)
 
 

@@ -64,19 +64,19 @@ def _packed_rows(documents: Documents, device: torch.device) -> PackedRows:
     return PackedRows(cu_seqlens_q, cu_seqlens_k, longest_q, longest_k)
 
 
-class Positions(NamedTuple):
-    """What decides which blocks there are.
+class SharedScores(NamedTuple):
+    """The scores of sequences that several ranks share: what decides which blocks there are.
 
     query, key: how the two sequences are sharded
     band: the visible diagonals
-    are_needed: besides the band, a relative bias or dropout depends on the positions of queries and keys
+    needs_positions: besides the band, a relative bias or dropout depends on the positions of queries and keys
     documents: positions count from the first row of each document; None if a whole sequence is one document
     """
 
     query: Sharding
     key: Sharding
     band: Band
-    are_needed: bool
+    needs_positions: bool
     documents: Documents | None = None
 
     def whole(self) -> Block:
@@ -85,24 +85,24 @@ class Positions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def blocks(positions: Positions, query_rank: int, key_rank: int) -> tuple[Block, ...]:
+def blocks(scores: SharedScores, query_rank: int, key_rank: int) -> tuple[Block, ...]:
     """The blocks of the queries of one rank and the keys of another. Blocks that the band hides are left out."""
-    pairs = list(itertools.product(positions.query.segments(query_rank), positions.key.segments(key_rank)))
-    if positions.documents is not None:
-        found = (_blocks_of_documents(*pair, positions.documents, positions.band) for pair in pairs)
+    pairs = list(itertools.product(scores.query.segments(query_rank), scores.key.segments(key_rank)))
+    if scores.documents is not None:
+        found = (_blocks_of_documents(*pair, scores.documents, scores.band) for pair in pairs)
         return tuple(itertools.chain.from_iterable(found))
-    visible = [(query, keys) for query, key in pairs if (keys := _visible_keys(query, key, positions.band))]
-    if not positions.are_needed and len(visible) > 1 and all(_is_whole(*pair, positions.band) for pair in visible):
+    visible = [(query, keys) for query, key in pairs if (keys := _visible_keys(query, key, scores.band))]
+    if not scores.needs_positions and len(visible) > 1 and all(_is_whole(*pair, scores.band) for pair in visible):
         merged = _as_one(visible)
         if merged is not None:
             return (merged,)
     return tuple(Block(_rows(query), _rows(keys), query.begin, keys.begin) for query, keys in visible)
 
 
-def needed_keys(positions: Positions, query_rank: int, key_rank: int) -> list[slice]:
+def needed_keys(scores: SharedScores, query_rank: int, key_rank: int) -> list[slice]:
     """The rows in the shard of key_rank that query_rank needs, in ascending order and without overlap."""
     found: list[slice] = []
-    for rows in sorted((x.key_rows for x in blocks(positions, query_rank, key_rank)), key=lambda x: x.start):
+    for rows in sorted((x.key_rows for x in blocks(scores, query_rank, key_rank)), key=lambda x: x.start):
         if found and rows.start <= found[-1].stop:
             found[-1] = slice(found[-1].start, max(found[-1].stop, rows.stop))
         else:

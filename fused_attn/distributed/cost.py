@@ -45,10 +45,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fused_attn.attention.problem import UNBOUNDED, Band
-from fused_attn.distributed.blocks import Block, Positions, blocks
-from fused_attn.distributed.planning import divided_kv_heads, ring_rows, ulysses_elements
+from fused_attn.distributed.blocks import Block, SharedScores, blocks
 from fused_attn.distributed.rates import BACKWARD, FORWARD, Rates
 from fused_attn.distributed.sequence import Sharding
+from fused_attn.distributed.traffic import divided_kv_heads, ring_rows, ulysses_elements
 
 #: The size of an element of sums and of lse, in bytes.
 SUM = 4
@@ -82,10 +82,10 @@ class Workload(NamedTuple):
         """The size of an element in bytes."""
         return SIZES[self.dtype]
 
-    def positions(self, gpus: int) -> Positions:
-        """How `gpus` ranks share the sequence."""
+    def scores(self, gpus: int) -> SharedScores:
+        """The scores of the sequence, if `gpus` ranks share it."""
         sharding = Sharding.of(self.tokens, gpus)
-        return Positions(sharding, sharding, self.band, are_needed=False)
+        return SharedScores(sharding, sharding, self.band, needs_positions=False)
 
 
 class Machine(NamedTuple):
@@ -217,8 +217,8 @@ class _Model:
     def __init__(self, workload: Workload, machine: Machine, rates: Rates, method: Method):
         self.workload, self.machine, self.rates, self.method = workload, machine, rates, method
         group = method.ulysses
-        self.shards = workload.positions(method.ring * group)
-        self.positions = self.shards._replace(
+        self.shards = workload.scores(method.ring * group)
+        self.scores = self.shards._replace(
             query=self.shards.query.of_groups(group), key=self.shards.key.of_groups(group)
         )
         self.heads = workload.heads // group
@@ -229,7 +229,7 @@ class _Model:
         self.found: dict[tuple[int, int], tuple[Block, ...]] = {}
         #: For each rank that is looked at, the rows of keys that it (sends, gets) in each step.
         self.travelling = {
-            rank: [(0, 0)] + [ring_rows(self.positions, rank, step) for step in range(1, method.ring)]
+            rank: [(0, 0)] + [ring_rows(self.scores, rank, step) for step in range(1, method.ring)]
             for rank in self.ranks()
         }
 
@@ -259,7 +259,7 @@ class _Model:
         """The blocks that a rank of the ring computes in the step of this number."""
         source = (rank - number) % self.method.ring
         if (rank, source) not in self.found:
-            self.found[rank, source] = blocks(self.positions, rank, source)
+            self.found[rank, source] = blocks(self.scores, rank, source)
         return self.found[rank, source]
 
     # ---- Bytes
@@ -272,7 +272,7 @@ class _Model:
         sent = [workload.size * x for x in elements]
         if not is_backward:  # lse
             for rank in range(len(sent)):
-                others = self.positions.query.rows(rank // group) - self.shards.query.rows(rank)
+                others = self.scores.query.rows(rank // group) - self.shards.query.rows(rank)
                 sent[rank] += SUM * workload.batch * self.heads * others
         return sent
 
@@ -292,15 +292,15 @@ class _Model:
 
     def saved_bytes(self, rank: int) -> int:
         """What a rank saves for backward."""
-        rows_q, rows_k = self.positions.query.rows(rank), self.positions.key.rows(rank)
+        rows_q, rows_k = self.scores.query.rows(rank), self.scores.key.rows(rank)
         tensors = (2 * rows_q * self.query_row + rows_k * self.key_row) * self.workload.size
         return tensors + SUM * self.workload.batch * self.heads * rows_q
 
     def buffer_bytes(self, rank: int) -> int:
         """What a rank needs beside the saved tensors while it computes a layer. The most is needed in backward."""
         size = self.workload.size
-        rows_k = self.positions.key.rows(rank)
-        e, f = self.positions.query.rows(rank) * self.query_row, rows_k * self.key_row
+        rows_k = self.scores.key.rows(rank)
+        e, f = self.scores.query.rows(rank) * self.query_row, rows_k * self.key_row
         # The exchange of dout takes memory for the pieces that are sent and for those that arrive.
         members = range(rank * self.method.ulysses, (rank + 1) * self.method.ulysses)
         swap = size * (2 * max(map(self.shards.query.rows, members)) * self.query_row * self.method.ulysses + e)
@@ -405,5 +405,5 @@ class _Model:
 
     def largest_shards(self) -> tuple[int, int]:
         """The elements of queries, and of keys and values together, of the fullest rank."""
-        rows_q, rows_k = (max(map(x.rows, self.ranks())) for x in (self.positions.query, self.positions.key))
+        rows_q, rows_k = (max(map(x.rows, self.ranks())) for x in (self.scores.query, self.scores.key))
         return rows_q * self.query_row, rows_k * self.key_row

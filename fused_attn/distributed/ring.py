@@ -20,7 +20,7 @@ from fused_attn import partial
 from fused_attn.attention import formula
 from fused_attn.attention.inputs import Gradients, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
-from fused_attn.distributed.blocks import Block, Positions, blocks, needed_keys
+from fused_attn.distributed.blocks import Block, SharedScores, blocks, needed_keys
 from fused_attn.distributed.exchange import Exchange, refuse_second_derivatives
 from fused_attn.partial import PartialOptions
 
@@ -32,7 +32,7 @@ class Ring(NamedTuple):
     """
 
     group: dist.ProcessGroup
-    positions: Positions
+    scores: SharedScores
     options: PartialOptions
 
     @property
@@ -41,11 +41,11 @@ class Ring(NamedTuple):
 
     def source(self, step: int) -> int:
         """The rank whose keys this rank computes with in a step."""
-        return (self.rank - step) % self.positions.key.world
+        return (self.rank - step) % self.scores.key.world
 
     def target(self, step: int) -> int:
         """The rank that computes with the keys of this rank in a step."""
-        return (self.rank + step) % self.positions.key.world
+        return (self.rank + step) % self.scores.key.world
 
 
 class Keys(NamedTuple):
@@ -102,7 +102,7 @@ class KeysOnTheWay:
 
     def __iter__(self) -> Iterator[tuple[int, Keys]]:
         """Pairs (rank that owns the keys, `Keys`)."""
-        for step in range(self.ring.positions.key.world):
+        for step in range(self.ring.scores.key.world):
             arriving = self._start(step + 1)
             yield self.ring.source(step), self.current
             if arriving is not None:
@@ -112,11 +112,11 @@ class KeysOnTheWay:
     def _start(self, step: int) -> tuple[list[slice], Exchange] | None:
         """The exchange of the keys of a step; None after the last step."""
         ring = self.ring
-        if step == ring.positions.key.world:
+        if step == ring.scores.key.world:
             return None
         target, source = ring.target(step), ring.source(step)
-        leaving = needed_keys(ring.positions, target, ring.rank)
-        rows = needed_keys(ring.positions, ring.rank, source)
+        leaving = needed_keys(ring.scores, target, ring.rank)
+        rows = needed_keys(ring.scores, ring.rank, source)
         sent = [_take(x, leaving).contiguous() for x in self.tensors]
         return rows, Exchange(ring.group, target, sent, source, [_empty(x, rows) for x in self.tensors])
 
@@ -138,7 +138,7 @@ class RingAttention(torch.autograd.Function):
         lse = torch.full(query.shape[:3], float("-inf"), dtype=sums, device=query.device)
         shared = replace(ring.options, relative_bias=relative_bias)
         for owner, keys in KeysOnTheWay(ring, (key, value) if padding is None else (key, value, padding)):
-            for block in blocks(ring.positions, ring.rank, owner):
+            for block in blocks(ring.scores, ring.rank, owner):
                 rows = block.query_rows
                 key_part, value_part, padding_part = keys.block(block)
                 options = replace(block.options(shared, query.device), key_padding_mask=padding_part)
@@ -205,7 +205,7 @@ def _backward_around(ring: Ring, tensors: tuple[Tensor, ...], saved: Saved, want
             dkey_part, dvalue_part = dkey, dvalue
         else:
             dkey_part, dvalue_part = zeros(keys.tensors[0], wanted.key), zeros(keys.tensors[1], wanted.value)
-        for block in blocks(ring.positions, ring.rank, owner):
+        for block in blocks(ring.scores, ring.rank, owner):
             rows, key_rows = block.query_rows, keys.rows_of(block)
             key_part, value_part, padding_part = keys.block(block)
             options = replace(block.options(shared, query.device), key_padding_mask=padding_part)
@@ -215,11 +215,11 @@ def _backward_around(ring: Ring, tensors: tuple[Tensor, ...], saved: Saved, want
         if step > 0:
             target = ring.target(step)
             leaving = [x for x in (dkey_part, dvalue_part) if x is not None]
-            pieces = needed_keys(ring.positions, target, ring.rank)
+            pieces = needed_keys(ring.scores, target, ring.rank)
             received = [_empty(x, pieces) for x in (dkey, dvalue) if x is not None]
             returning.append((pieces, Exchange(ring.group, owner, leaving, target, received)))
         # The gradients that come back are added one step later, so that they travel during the computation.
-        is_last = step == ring.positions.key.world - 1
+        is_last = step == ring.scores.key.world - 1
         while len(returning) > (0 if is_last else 1):
             pieces, exchange = returning.pop(0)
             for x, part in zip((x for x in (dkey, dvalue) if x is not None), exchange.wait(), strict=True):

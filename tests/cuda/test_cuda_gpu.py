@@ -18,10 +18,12 @@ from pathlib import Path
 
 import cases
 import gpu
+import gpu_checks
 import oracle
 import pytest
 import torch
 from cases import CASES, Case
+from gpu_checks import assert_same
 from kernels import dividing_gradients, is_built_for, of_architecture
 from test_cuda_kernels import ARCHITECTURES, HEAD_DIMS, MIXED_FEATURES, NAMES, SUPPORTED, WITHOUT_MISSING_COLUMNS
 from test_decode import CASES as DECODE_CASES
@@ -122,11 +124,6 @@ def architecture(request: pytest.FixtureRequest) -> Iterator[int]:
         yield request.param
 
 
-def assert_same(actual: oracle.Result, expected: oracle.Result) -> None:
-    for (name, x), (_, y) in zip(actual.items(), expected.items(), strict=True):
-        assert torch.equal(x, y), name
-
-
 # ---- Right
 
 
@@ -184,28 +181,8 @@ def test_strides_past_2_31_of_a_mask() -> None:
 
 
 def test_more_than_2_31_elements() -> None:
-    """Every head of a query of 2.2e9 elements gets what it would get alone."""
     with gpu_memory(40):
-        check_more_than_2_31_elements(heads=33, rows=2**20, columns=24, head_dim=64)
-
-
-def check_more_than_2_31_elements(heads: int, rows: int, columns: int, head_dim: int) -> None:
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def randn(length: int) -> torch.Tensor:
-        return torch.randn(1, heads, length, head_dim, dtype=torch.float16, device="cuda", generator=generator)
-
-    query, dout, key, value = randn(rows), randn(rows), randn(columns), randn(columns)
-
-    def run(first: int, last: int) -> list[torch.Tensor]:
-        leaves = [x[:, first:last].detach().requires_grad_() for x in (query, key, value)]
-        out, lse = fused_attn.fused_attention(*leaves, return_lse=True, backend="cuda")
-        return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout[:, first:last])]
-
-    whole = run(0, heads)
-    for head in (0, heads // 2, heads - 1):
-        for x, y in zip(whole, run(head, head + 1), strict=True):
-            assert torch.equal(x[:, head : head + 1], y)
+        gpu_checks.check_more_than_2_31_elements("cuda")
 
 
 @EVERY_MIX
@@ -287,35 +264,12 @@ def test_gradient_of_a_relative_bias_takes_little_memory() -> None:
 
 @EVERY_MIX
 def test_the_host_never_waits(case: Case) -> None:
-    inputs = case.make(torch.float16).on("cuda")
-    expected = cases.run(inputs, "cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        actual = cases.run(inputs, "cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert_same(actual, expected)
+    gpu_checks.check_the_host_never_waits(case, "cuda")
 
 
 @EVERY_MIX
 def test_cuda_graph(case: Case, poisoned: None) -> None:
-    """Captured once, forward and backward compute anew from whatever the tensors hold when the graph is replayed."""
-    inputs = case.make(torch.float16).on("cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        cases.run(inputs, "cuda")
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = cases.run(inputs, "cuda")
-    for seed in range(3):
-        generator = torch.Generator("cuda").manual_seed(seed)
-        for x in (inputs.tensors["query"], inputs.tensors["key"], inputs.tensors["value"], inputs.dout):
-            x.normal_(generator=generator)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_same(captured, cases.run(inputs, "cuda"))
+    gpu_checks.check_cuda_graph(case, "cuda")
 
 
 def test_a_graph_replays_with_other_lengths() -> None:
@@ -356,19 +310,7 @@ def test_lengths_and_numbers_of_pages_are_clipped() -> None:
 
 @EVERY_MIX
 def test_streams(case: Case) -> None:
-    """Calls that overlap do not disturb one another."""
-    inputs = case.make(torch.bfloat16).on("cuda")
-    expected = cases.run(inputs, "cuda")
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    torch.cuda.synchronize()
-    results = []
-    for _ in range(25):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                results.append(cases.run(inputs, "cuda"))
-    torch.cuda.synchronize()
-    for result in results:
-        assert_same(result, expected)
+    gpu_checks.check_streams(case, "cuda")
 
 
 @pytest.mark.parametrize("longest", [(130, 300), (70, 300), (130, 140)])

@@ -123,9 +123,8 @@ def test_huge_logits(case: Case, architecture: int, kernels: Kernels) -> None:
     case = dataclasses.replace(case, head_dim=64, has_dlse=False, differentiated=())
     with kernels.running(architecture):
         cases.check(case, torch.bfloat16, "cuda")
-        if (
-            case.id == "logits-1e6"
-        ):  # float16 holds no larger ones; tensor cores do not sum them as exactly as lse would need
+        # float16 holds no larger logits. Tensor cores do not sum larger ones as exactly as lse would need.
+        if case.id == "logits-1e6":
             expected = cases.expected(case, torch.float16)
             result = cases.run(case.make(torch.float16), "cuda")
             oracle.assert_close(result._replace(lse=expected.truth.lse.float()), expected)

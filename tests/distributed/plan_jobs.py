@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
 def used(workload: Workload, mesh_shape: tuple[int, ...], method: str) -> dict[str, Any]:
     """The bytes that one layer sends in forward and in backward, that it saves, and that backward needs besides."""
     mesh, rank = jobs.mesh_of(mesh_shape), dist.get_rank()
-    sharding = workload.positions(dist.get_world_size()).query
+    sharding = workload.scores(dist.get_world_size()).query
     query, key, value = (
         torch.randn(
             workload.batch, heads, sharding.rows(rank), workload.head_dim, dtype=getattr(torch, workload.dtype),

@@ -14,11 +14,11 @@ from processes import Team
 
 from fused_attn import fused_attention, fused_attention_varlen
 from fused_attn.attention.masks import band_of
-from fused_attn.distributed.blocks import Documents, Positions, blocks
+from fused_attn.distributed.blocks import Documents, SharedScores, blocks
 from fused_attn.distributed.cost import Machine, Method, Workload, cost
-from fused_attn.distributed.planning import ring_elements, ulysses_elements
 from fused_attn.distributed.rates import Rates
 from fused_attn.distributed.sequence import Sharding
+from fused_attn.distributed.traffic import ring_elements, ulysses_elements
 from fused_attn.partial import PartialOptions
 
 MESHES = {"2": (2,), "3": (3,), "4": (4,), "2x2": (2, 2)}
@@ -183,10 +183,10 @@ def test_blocks_hold_every_visible_score_once(world: int, window: tuple[int, int
     lengths = (0, 9, 2, 30, 0, 1, 14), (3, 0, 17, 25, 2, 8, 6)
     documents = Documents(*(tuple(itertools.accumulate(x, initial=0)) for x in lengths))
     sharded = [Sharding.of(offsets[-1], world) for offsets in documents]
-    positions = Positions(*sharded, band_of(False, window), True, documents)
+    scores = SharedScores(*sharded, band_of(False, window), True, documents)
     found = []  # (document, position of the query, position of the key)
     for rank, owner in itertools.product(range(world), repeat=2):
-        for block in blocks(positions, rank, owner):
+        for block in blocks(scores, rank, owner):
             inside = block.documents or Documents(*((0, x.stop - x.start) for x in (block.query_rows, block.key_rows)))
             for number, (queries, keys) in enumerate(zip(*map(itertools.pairwise, inside), strict=True)):
                 for i, j in itertools.product(range(queries[1] - queries[0]), range(keys[1] - keys[0])):
@@ -203,11 +203,11 @@ def test_blocks_hold_every_visible_score_once(world: int, window: tuple[int, int
 
 def test_offsets_of_inference_serve_training() -> None:
     sharding = Sharding.of(11, 1)
-    positions = Positions(sharding, sharding, band_of(True, (-1, -1)), True, Documents((0, 4, 11), (0, 4, 11)))
+    scores = SharedScores(sharding, sharding, band_of(True, (-1, -1)), True, Documents((0, 4, 11), (0, 4, 11)))
     found = []
     for is_inference in (True, False):
         with torch.inference_mode(is_inference):
-            found.append(positions.whole().options(PartialOptions(), torch.device("cpu")).packed)
+            found.append(scores.whole().options(PartialOptions(), torch.device("cpu")).packed)
     assert found[0] is found[1]
     assert found[0].max_seqlen_q == 7
     assert not found[0].cu_seqlens_q.is_inference()
@@ -217,8 +217,8 @@ def test_documents_within_a_shard_send_nothing() -> None:
     """Four documents, each as long as a chunk: nobody needs keys of another rank. One row more, and few are sent."""
     sharding, band = Sharding.of(64, 2), band_of(False, (-1, -1))
     for offsets, sent in (((0, 16, 32, 48, 64), 0), ((0, 17, 64), None)):
-        positions = Positions(sharding, sharding, band, True, Documents(offsets, offsets))
-        elements = ring_elements(positions, (1, 1, 0, 1), (1, 1, 0, 0))
+        scores = SharedScores(sharding, sharding, band, True, Documents(offsets, offsets))
+        elements = ring_elements(scores, (1, 1, 0, 1), (1, 1, 0, 0))
         # Rank 0 holds the rows 0:16 and 48:64. Of the second document, rank 1 holds 17:48. Both need all of these.
         assert elements == ([0, 0] if sent == 0 else [32, 32])
 
@@ -240,13 +240,13 @@ def test_bytes_are_those_of_the_plan(mesh, generator: torch.Generator) -> None:
         tensors, weights, options = problem(case, generator)
         band = band_of(True, options.get("window_size", (-1, -1)))
         seqlen_q, seqlen_k = tensors["query"].shape[2], tensors["key"].shape[2]
-        positions = Positions(Sharding.of(seqlen_q, *shape), Sharding.of(seqlen_k, *shape), band, are_needed=False)
+        scores = SharedScores(Sharding.of(seqlen_q, *shape), Sharding.of(seqlen_k, *shape), band, needs_positions=False)
         shapes = [tensors[name].shape for name in ("query", "key", "value")]
         ring = team.run(jobs.attention, shape, "ring", tensors, weights, options, True)
-        assert [result["bytes"] for result in ring] == [8 * n for n in ring_elements(positions, *shapes[1:])]
+        assert [result["bytes"] for result in ring] == [8 * n for n in ring_elements(scores, *shapes[1:])]
         ulysses = team.run(jobs.attention, shape, "ulysses", tensors, weights, options, True)
-        lse = [8 * 2 * 12 // shape[0] * (seqlen_q - positions.query.rows(rank)) for rank in range(*shape)]
-        planned = [8 * n for n in ulysses_elements(positions, *shapes)]
+        lse = [8 * 2 * 12 // shape[0] * (seqlen_q - scores.query.rows(rank)) for rank in range(*shape)]
+        planned = [8 * n for n in ulysses_elements(scores, *shapes)]
         assert [result["bytes"] for result in ulysses] == [a + b for a, b in zip(planned, lse, strict=True)]
 
 
@@ -282,8 +282,8 @@ def test_bytes_and_memory_are_those_of_the_planned_step(mesh, name: str) -> None
 def test_window_sends_no_keys_that_nobody_sees() -> None:
     """With 4 ranks and a window of 8 before each query, a rank sends the last 8 rows of its chunks at most."""
     sharding = Sharding.of(1024, 4)
-    positions = Positions(sharding, sharding, band_of(True, (8, 0)), are_needed=False)
-    assert max(ring_elements(positions, (1, 1, 0, 1), (1, 1, 0, 0))) <= 2 * 8
+    scores = SharedScores(sharding, sharding, band_of(True, (8, 0)), needs_positions=False)
+    assert max(ring_elements(scores, (1, 1, 0, 1), (1, 1, 0, 0))) <= 2 * 8
 
 
 @pytest.mark.parametrize("method", ["ring", "ulysses"])

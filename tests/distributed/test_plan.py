@@ -15,8 +15,8 @@ from fused_attn.distributed import cost as model
 from fused_attn.distributed import quantities
 from fused_attn.distributed.blocks import Block
 from fused_attn.distributed.cost import Machine, Method, Workload
-from fused_attn.distributed.planning import ring_elements
 from fused_attn.distributed.rates import Rates, read_rows
+from fused_attn.distributed.traffic import ring_elements
 
 #: Two GPUs a node. A message takes 1 s and 1 s for each byte within a node, 10 s and 10 s for each byte outside.
 MACHINE = Machine(2, 1.0, 0.1, 1.0, 10.0, 1e30)
@@ -50,7 +50,7 @@ def test_all_scores_and_bytes_of_a_ring_are_planned(gpus: int, window: int) -> N
     load = workload(tokens=64 * gpus, window=window)
     planned = model.cost(load, MACHINE, RATES, Method(gpus, 1))
     shape = (load.batch, load.kv_heads, 0, load.head_dim)
-    assert planned.sent_forward == 4 * max(ring_elements(load.positions(gpus), shape, shape))
+    assert planned.sent_forward == 4 * max(ring_elements(load.scores(gpus), shape, shape))
     whole = model.cost(load, MACHINE, RATES, Method(1, 1))
     assert whole.sent_forward == whole.sent_backward == whole.seconds.exposed == whole.seconds.copies == 0
     scores = (

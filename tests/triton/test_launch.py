@@ -28,6 +28,7 @@ pytest.importorskip("triton.language")
 
 from fused_attn.backends.triton import backend as triton_backend
 from fused_attn.backends.triton import launcher
+from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Scores
 
 EVERY_CASE = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.id, marks=[pytest.mark.quick] if case.is_quick else []) for case in CASES]
@@ -96,7 +97,7 @@ def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tup
     """The (problem, inputs) that a call would hand to its backend. The call itself computes nothing."""
     received = []
 
-    def run(problem, backend, is_direct, inputs, return_lse, return_max):
+    def run(problem, backend, name, is_direct, inputs, return_lse, return_max):
         query, value = inputs.query, inputs.value
         received.append((problem, inputs))
         of_rows = query.new_empty(query.shape[:3])
@@ -162,7 +163,7 @@ def test_scale_is_folded_only_where_nothing_is_added_to_scores(case: Case, monke
     launcher.forward(problem.on("sm_90"), inputs, True, True)
     is_changed = problem.softcap != 0.0 or problem.has_relative_bias or not (inputs.bias is inputs.key_bias is None)
     for launches in found:
-        for launch in (launches.forward, launches.dq, launches.dkdv, launches.dbias, launches.dtable):
+        for launch in (launches.forward, launches.dq, launches.dkdv, launches.dbias, launches.drelative_bias):
             assert launch.settings.is_scale_folded is None or not is_changed
 
 
@@ -201,6 +202,18 @@ def test_tf32_only_where_torch_allows_it() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("field", Masks._fields)
+def test_every_mask_has_a_kernel_of_its_own(field: str) -> None:
+    """Without a field in `Masks.kind`, a call that has the field would run a kernel that was compiled without it."""
+    absent = getattr(NO_MASKS, field)
+    given = {type(None): torch.zeros(4), int: 1, Scores: Scores.of(torch.zeros(1, 1, 2, 4))}[type(absent)]
+    assert NO_MASKS._replace(**{field: given}).kind != NO_MASKS.kind
+    if isinstance(given, torch.Tensor):
+        other_dtype = NO_MASKS._replace(**{field: given.half()})
+        assert other_dtype.kind != NO_MASKS._replace(**{field: given}).kind
 
 
 @EVERY_CASE

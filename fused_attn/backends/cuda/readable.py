@@ -21,9 +21,9 @@ def readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     """
     inputs = readable(inputs, "query", "key", "value")
     if inputs.key_lengths is not None:
-        table = inputs.block_table
-        table = None if table is None else table.contiguous()
-        inputs = inputs._replace(key_lengths=inputs.key_lengths.contiguous(), block_table=table)
+        block_table = inputs.block_table
+        block_table = None if block_table is None else block_table.contiguous()
+        inputs = inputs._replace(key_lengths=inputs.key_lengths.contiguous(), block_table=block_table)
     if not problem.has_shared:
         return inputs
     bias = inputs.bias

@@ -66,10 +66,9 @@ ENOUGH_ROUNDS = 4
 def decode_tiles(problem: AttentionProblem) -> int:
     """How many tiles of rows the decode kernels have for each head group; 0 = these kernels do not run."""
     most_rows = MAX_DECODE_TILES * DECODE_ROWS
-    group_size = problem.num_heads // max(problem.num_kv_heads, 1)
-    if problem.dropout_p > 0.0 or group_size > most_rows:
+    if problem.dropout_p > 0.0 or problem.group_size > most_rows:
         return 0
-    if (rows := problem.seqlen_q * group_size) <= most_rows:
+    if (rows := problem.seqlen_q * problem.group_size) <= most_rows:
         return -(-rows // DECODE_ROWS)
     # The tokens and the prompts of a server share a call. Packed calls without pages are rather those of training,
     # whose sequences are long.
@@ -84,7 +83,7 @@ def key_splits(problem: AttentionProblem) -> KeySplits:
     tiles = decode_tiles(problem)
     if not tiles:
         return KeySplits(large=large_splits(problem))
-    rows = problem.seqlen_q * (problem.num_heads // problem.num_kv_heads)
+    rows = problem.seqlen_q * problem.group_size
     is_mixed = rows > MAX_DECODE_TILES * DECODE_ROWS
     return KeySplits(_decode_splits(problem, tiles), large_splits(problem) if is_mixed else 0)
 
@@ -117,7 +116,7 @@ def gradient_splits(problem: AttentionProblem, rows_q: int, rows_k: int) -> Grad
     rows_q, rows_k: the rows of a head of query and key; of all sequences if the problem is packed
     """
     is_hopper = hardware.device_architecture(problem) == 90
-    kv_heads, group_size = problem.num_kv_heads, problem.num_heads // max(problem.num_kv_heads, 1)
+    kv_heads, group_size = problem.num_kv_heads, problem.group_size
     resident = _resident_large_programs(problem, is_hopper)
 
     def splits_of(heads: int, rows: int, longest: int, block: int, visited: int, step_rows: int, repeats: int) -> int:

@@ -8,6 +8,7 @@ configs.py         the package's tile sizes by kernel, architecture, head dim an
 tuned.py           tile sizes that were measured on the user's GPU and replace those of configs.py
 tune.py            `python -m fused_attn tune`, which measures them
 tiles.py           which block a program works on, which blocks it visits, loads and stores of tiles
+pages.py           tiles of keys and values that lie in pages
 scores.py          from the products of queries and keys to logits: scale, softcap, biases, masks; also dropout
 sums.py            sums over blocks, compensated in float32
 forward.py         the forward kernel

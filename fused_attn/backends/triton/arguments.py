@@ -41,6 +41,9 @@ class Rows(NamedTuple):
         return _new(cls, (x, 0 if is_packed else stride_b, stride_h, stride_row))
 
 
+NO_ROWS = Rows(None)
+
+
 class Scores(NamedTuple):
     """A mask or bias that broadcasts to (B, H, L, S), or ranges. The stride of a dimension of size 1 is 0."""
 
@@ -68,6 +71,9 @@ class Scores(NamedTuple):
         )
 
 
+NO_SCORES = Scores(None)
+
+
 class Masks(NamedTuple):
     """The tensors of a call besides query, key and value. A feature that the call does not use is None.
 
@@ -87,21 +93,21 @@ class Masks(NamedTuple):
     num_pages: how many pages there are
     """
 
-    mask: Scores
-    ranges: Scores
-    bias: Scores
-    key_bias: Tensor | None
-    key_padding: Tensor | None
-    relative_bias: Tensor | None
-    relative_bias_stride_h: int
-    sinks: Tensor | None
-    seed: Tensor | None
-    key_lengths: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    block_table: Tensor | None
-    block_table_stride: int
-    num_pages: int
+    mask: Scores = NO_SCORES
+    ranges: Scores = NO_SCORES
+    bias: Scores = NO_SCORES
+    key_bias: Tensor | None = None
+    key_padding: Tensor | None = None
+    relative_bias: Tensor | None = None
+    relative_bias_stride_h: int = 0
+    sinks: Tensor | None = None
+    seed: Tensor | None = None
+    key_lengths: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    block_table: Tensor | None = None
+    block_table_stride: int = 0
+    num_pages: int = 0
 
     @property
     def kind(self) -> tuple:
@@ -126,12 +132,12 @@ class Masks(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs) -> Masks:
-        table = inputs.relative_bias
-        if table is not None:
-            table = table.resolve_neg().contiguous()
-        pages = inputs.block_table
-        if pages is not None:
-            pages = pages.contiguous()
+        relative_bias = inputs.relative_bias
+        if relative_bias is not None:
+            relative_bias = relative_bias.resolve_neg().contiguous()
+        block_table = inputs.block_table
+        if block_table is not None:
+            block_table = block_table.contiguous()
         return _new(
             cls,
             (
@@ -140,16 +146,16 @@ class Masks(NamedTuple):
                 NO_SCORES if inputs.bias is None else Scores.of(inputs.bias.resolve_neg()),
                 None if inputs.key_bias is None else inputs.key_bias.resolve_neg().contiguous(),
                 None if inputs.key_padding is None else inputs.key_padding.contiguous(),
-                table,
-                0 if table is None or table.shape[0] == 1 else table.shape[1],
+                relative_bias,
+                0 if relative_bias is None or relative_bias.shape[0] == 1 else relative_bias.shape[1],
                 None if inputs.sinks is None else inputs.sinks.resolve_neg().contiguous(),
                 inputs.seed,
                 None if inputs.key_lengths is None else inputs.key_lengths.contiguous(),
                 inputs.cu_seqlens_q,
                 inputs.cu_seqlens_k,
-                pages,
-                0 if pages is None else pages.shape[1],
-                0 if pages is None else inputs.key.shape[0],
+                block_table,
+                0 if block_table is None else block_table.shape[1],
+                0 if block_table is None else inputs.key.shape[0],
             ),
         )
 
@@ -171,9 +177,7 @@ def kind_of(x: Rows | Scores) -> tuple | None:
 #: _new(cls, fields) is cls(*fields) in half of the time. The difference is measurable in a call with small tensors.
 _new = tuple.__new__
 
-NO_ROWS = Rows(None)
-NO_SCORES = Scores(None)
-NO_MASKS = Masks(NO_SCORES, NO_SCORES, NO_SCORES, None, None, None, 0, None, None, None, None, None, None, 0, 0)
+NO_MASKS = Masks()
 NO_MASKS_KIND = NO_MASKS.kind
 
 #: The smallest and the largest scale for which `Settings.is_scale_folded` may be 1.
@@ -236,7 +240,7 @@ class Settings(NamedTuple):
         is_changed = is_float32 or problem.softcap or problem.has_bias or problem.has_relative_bias
         return cls(
             problem.num_heads,
-            problem.num_heads // max(problem.num_kv_heads, 1),
+            problem.group_size,
             problem.scale,
             1 if _FOLDED_SCALES[0] <= problem.scale <= _FOLDED_SCALES[1] and not is_changed else None,
             problem.softcap or None,

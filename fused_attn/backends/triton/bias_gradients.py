@@ -92,7 +92,7 @@ def attention_bwd_drelative_bias_kernel(
     lse,  # (B, H, L) float32
     delta,  # (B, H, L) float32
     factor,  # (B, H, L) float32
-    dtable,  # (2, H, (block diagonals + 1) * BLOCK_N) float32, written; zeros before, because some entries are not
+    drelative_bias,  # (2, H, (block diagonals + 1) * BLOCK_N) float32, written. Zeros before: some entries stay
     masks,
     settings,  # BLOCK_M = BLOCK_N
     seqlen_q,
@@ -104,9 +104,9 @@ def attention_bwd_drelative_bias_kernel(
     """A program owns one block diagonal of one head: the square tiles with the same (column block - row block).
 
     It sums the entries of equal key - query over all tiles of the block diagonal. There are 2 * BLOCK_N - 1 such sums:
-    - BLOCK_N on and above the main diagonals of the tiles. They go to dtable[1].
-    - BLOCK_N - 1 below the main diagonals. They go to dtable[0]. The program of the block diagonal before this one
-      computes a part of the same sums, above its main diagonals.
+    - BLOCK_N on and above the main diagonals of the tiles. They go to drelative_bias[1].
+    - BLOCK_N - 1 below the main diagonals. They go to drelative_bias[0]. The program of the block diagonal before this
+      one computes a part of the same sums, above its main diagonals.
     Two planes keep programs from writing to the same entry. The caller adds the planes.
     """
     # Which block diagonal this program sums: that of column block - row block = shift.
@@ -142,7 +142,7 @@ def attention_bwd_drelative_bias_kernel(
 
     # Store. Entry x of a plane is the sum for key - query = x - row_blocks * BLOCK_N.
     columns = (num_diagonals + 1) * settings.BLOCK_N
-    base = dtable + head.to(tl.int64) * columns + diagonal * settings.BLOCK_N + index
+    base = drelative_bias + head.to(tl.int64) * columns + diagonal * settings.BLOCK_N + index
     next_plane = (head * 0 + settings.num_heads).to(tl.int64) * columns
     tl.store(base, below.total)
     tl.store(base + next_plane + settings.BLOCK_N, above.total)

@@ -248,7 +248,7 @@ def choose(kernel: str, problem: AttentionProblem) -> Config:
     assert problem.capability is not None, "a problem on a GPU has a compute capability"
     architecture = architecture_class(problem.capability)
     # If there are few queries, the heads that share a key head are packed into one tile.
-    rows_per_kv_head = problem.seqlen_q * (problem.num_heads // max(problem.num_kv_heads, 1))
+    rows_per_kv_head = problem.seqlen_q * problem.group_size
     if kernel == "forward" and dtype == 2 and rows_per_kv_head <= MAX_FEW_ROWS:
         return getattr(FEW_ROWS[head_dim], architecture)
     row = TABLE.get((kernel, dtype, features_of(problem)), {}).get(head_dim)

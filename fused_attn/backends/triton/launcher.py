@@ -66,7 +66,7 @@ class Launch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The launches of all kernels for one problem. `dbias` is for attn_mask, `dtable` for relative_bias."""
+    """The launches of all kernels for one problem. `dbias` is for attn_mask, `drelative_bias` for relative_bias."""
 
     heads_per_l2_group: int
     num_splits: int
@@ -74,7 +74,7 @@ class Plan(NamedTuple):
     dq: Launch
     dkdv: Launch
     dbias: Launch
-    dtable: Launch
+    drelative_bias: Launch
 
 
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
@@ -240,7 +240,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             as_bias = inputs.key_bias[:, None, None, :]
             dkey_bias = _dense_bias_gradient(problem, plan.dbias, as_bias, tensors, masks, sizes)[:, 0, 0, :]
         if wanted.relative_bias:
-            drelative_bias = _relative_bias_gradient(problem, plan.dtable, inputs, tensors, masks, sizes)
+            drelative_bias = _relative_bias_gradient(problem, plan.drelative_bias, inputs, tensors, masks, sizes)
     if dsinks is not None:
         assert inputs.sinks is not None, "what is wanted is given"
         dsinks = dsinks.sum((0, 2)).to(inputs.sinks.dtype)
@@ -297,11 +297,11 @@ def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> T
 
     tensors, sizes: arguments that the kernels of both biases share; `backward` makes them
     """
-    table = inputs.relative_bias
+    relative_bias = inputs.relative_bias
     block = launch.settings.BLOCK_N.value
     heads = problem.num_heads
     diagonals = launch.grid[0] // heads
-    planes = torch.zeros((2, heads, (diagonals + 1) * block), dtype=torch.float32, device=table.device)
+    planes = torch.zeros((2, heads, (diagonals + 1) * block), dtype=torch.float32, device=relative_bias.device)
     attention_bwd_drelative_bias_kernel[launch.grid](
         *tensors,
         planes,
@@ -314,8 +314,8 @@ def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> T
     # Entry x of a plane is the sum for key - query = x - row_blocks * block. Column y of relative_bias is for
     # key - query = y - (L - 1). So column 0 is entry row_blocks * block - (L - 1).
     first = triton.cdiv(problem.seqlen_q, block) * block - (problem.seqlen_q - 1)
-    dtable = planes.sum(0)[:, first : first + table.shape[1]]
-    return dtable.sum_to_size(table.shape).to(table.dtype)
+    drelative_bias = planes.sum(0)[:, first : first + relative_bias.shape[1]]
+    return drelative_bias.sum_to_size(relative_bias.shape).to(relative_bias.dtype)
 
 
 def _empty_gradients(inputs: Inputs, wanted: Wanted, grads: Gradients) -> Gradients:
@@ -336,7 +336,7 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     """
     problem = replace(problem, has_bias=has_bias, allows_tf32=allows_tf32)
     seqlen_q, seqlen_k, heads, kv_heads = problem.seqlen_q, problem.seqlen_k, problem.num_heads, problem.num_kv_heads
-    group_size = heads // max(kv_heads, 1)
+    group_size = problem.group_size
     kv_bytes = seqlen_k * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
     fwd, dq, dkdv, bias = (tuned.choose(kernel, problem) for kernel in configs.KERNELS)
 

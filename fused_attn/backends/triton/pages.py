@@ -13,16 +13,16 @@ def page_of(key, first_key, head_slice, masks, settings):
     """(page, row of the page) of each key of a block. If the whole block lies in one page, `page` is a scalar.
 
     The numbers of the pages are clipped to those that exist, because the host has not checked them. Keys behind the
-    last one of the batch entry get page 0, because the table may hold any number there.
+    last one of the batch entry get page 0, because the block table may hold any number there.
     key: (N,), the positions from first_key on
     """
-    table = masks.block_table + head_slice.batch.to(tl.int64) * masks.block_table_stride
+    block_table = masks.block_table + head_slice.batch.to(tl.int64) * masks.block_table_stride
     if settings.PAGE_SIZE % settings.BLOCK_N == 0:
         column = first_key // settings.PAGE_SIZE
-        page = tl.load(table + column)
+        page = tl.load(block_table + column)
         row = key - column * settings.PAGE_SIZE
     else:
-        page = tl.load(table + key // settings.PAGE_SIZE, mask=key < head_slice.seqlen_k, other=0)
+        page = tl.load(block_table + key // settings.PAGE_SIZE, mask=key < head_slice.seqlen_k, other=0)
         row = key % settings.PAGE_SIZE
     return tl.minimum(tl.maximum(page, 0), masks.num_pages - 1).to(tl.int64), row
 

@@ -38,9 +38,9 @@ def biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL: tl.const
         of_batch = masks.key_bias + head_slice.batch.to(tl.int64) * head_slice.key_padding_stride
         scores += tl.load(of_batch + key, mask=key < head_slice.seqlen_k, other=0.0).to(tl.float32)
     if masks.relative_bias is not None:
-        table = masks.relative_bias + head_slice.head.to(tl.int64) * masks.relative_bias_stride_h
-        column = key - query + head_slice.table_offset
-        scores += tl.load(table + column, mask=_exists(query, key, head_slice, IS_FULL), other=0.0).to(tl.float32)
+        of_head = masks.relative_bias + head_slice.head.to(tl.int64) * masks.relative_bias_stride_h
+        column = key - query + head_slice.relative_bias_offset
+        scores += tl.load(of_head + column, mask=_exists(query, key, head_slice, IS_FULL), other=0.0).to(tl.float32)
     return scores, dcap
 
 

@@ -17,7 +17,7 @@ class HeadSlice(NamedTuple):
     key_padding_stride: elements from one batch entry of the padding mask, or of the key bias, to the next
     lse_offset: the index of the first query in tensors of the shape of the LSE
     band_offset: the band's diagonal is key - query = band_offset
-    table_offset: the column of relative_bias for key - query is key - query + table_offset
+    relative_bias_offset: the column of relative_bias for key - query is key - query + relative_bias_offset
     """
 
     batch: tl.tensor
@@ -30,7 +30,7 @@ class HeadSlice(NamedTuple):
     key_padding_stride: tl.tensor
     lse_offset: tl.tensor
     band_offset: tl.tensor
-    table_offset: tl.tensor
+    relative_bias_offset: tl.tensor
 
 
 class Blocks(NamedTuple):
