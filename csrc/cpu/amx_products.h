@@ -38,7 +38,7 @@ struct Products {
 template <class Policy>
 bool multiplies_parts(const AttentionParams& p, const Sequence& seq) {
   constexpr int64_t kShortRows = 56;  // of a key and a value together
-  const int64_t queries = p.num_heads / p.num_kv_heads * seq.seqlen_q;
+  const int64_t queries = group_size_of(p) * seq.seqlen_q;
   return Policy::kParts > 1 && seq.seqlen_q >= kBlockQ && queries > kBlockQ && p.head_dim + p.value_dim >= kShortRows;
 }
 

@@ -349,7 +349,7 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
   }
   if (!item.plan.sums_dquery) return {nullptr, 0};
   const int64_t stride = round_up(p.head_dim, kLanes<Lane>);
-  return {item.scratch.dquery_rows + h % (p.num_heads / p.num_kv_heads) * p.seqlen_q * stride, stride};
+  return {item.scratch.dquery_rows + h % group_size_of(p) * p.seqlen_q * stride, stride};
 }
 
 // Processes one query block of one head with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue
@@ -368,7 +368,7 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   const int panels = (vectors + kTileVectors - 1) / kTileVectors;
   const int head_dim = static_cast<int>(p.head_dim);
   const int value_dim = static_cast<int>(p.value_dim);
-  const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
+  const int64_t kv_head = kv_head_of(p, h);
   const int64_t row = seq.q_offset + q_begin;
   const bool is_single_pass = item.plan.is_single_pass;
   const bool stores_pairs = stores_dbias_pairs<Policy>(p);
@@ -518,13 +518,13 @@ bool backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   const Sequence seq = sequence_of(p, b);
   const int head_dim = static_cast<int>(p.head_dim);
   const int value_dim = static_cast<int>(p.value_dim);
-  const int64_t heads = p.num_heads / p.num_kv_heads;
-  const int64_t first_head = kv_head * heads;
+  const int64_t group_size = group_size_of(p);
+  const int64_t first_head = kv_head * group_size;
   const int64_t chunk_stop = item.key_begin() + item.plan.chunk_keys;
   const int64_t chunk_end = chunk_stop < seq.seqlen_k ? chunk_stop : seq.seqlen_k;
 
   bool is_exact = true;
-  const bool has_one_block = heads == 1 && seq.seqlen_q > 0 && seq.seqlen_q <= kBlockQ;
+  const bool has_one_block = group_size == 1 && seq.seqlen_q > 0 && seq.seqlen_q <= kBlockQ;
   // The loop visits the first slab even if the slab has no key, because dquery must be written in any case.
   int64_t slab_begin = item.key_begin();
   do {
@@ -539,7 +539,7 @@ bool backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
     if (has_one_block && p.dvalue.data != nullptr) dvalue.rows = row_of<Storage>(p.dvalue, b, kv_head, row);
     for (const KeyGradient<Policy>* gradient : {&dkey, &dvalue})
       clear_gradient(*gradient, count, item.plan.visits_all_keys);
-    for (int64_t h = first_head; h < first_head + heads; ++h) {
+    for (int64_t h = first_head; h < first_head + group_size; ++h) {
       for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
         is_exact &= backward_block<Policy>(item, seq, b, h, q_begin, slab_begin, slab_end, dkey, dvalue);
       }
@@ -558,7 +558,7 @@ bool backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
   // Round the sums of dquery in the scratch to the output.
   if constexpr (!kSame<Storage, Lane>) {
     if (!item.plan.sums_dquery) return is_exact;
-    for (int64_t h = first_head; h < first_head + heads; ++h) {
+    for (int64_t h = first_head; h < first_head + group_size; ++h) {
       write_rows<Storage, Lane>(dquery_lanes(item, seq, b, h).data, seq.seqlen_q, head_dim, Lane(1),
                                 row_of<Storage>(p.dquery, b, h, seq.q_offset), p.dquery.stride_row);
     }
@@ -580,24 +580,24 @@ bool backward_item(const BackwardItem<Policy>& item, int64_t group) {
   const int64_t b_end = plan.join_batches ? p.batch : b_begin + 1;
   const int64_t kv_begin = plan.join_heads ? 0 : group % head_groups;
   const int64_t kv_end = plan.join_heads ? p.num_kv_heads : kv_begin + 1;
-  const int64_t heads = p.num_heads / p.num_kv_heads;
+  const int64_t group_size = group_size_of(p);
 
   // Where batch entries or heads share a gradient, the first one of the group stands for all of them.
   const int64_t key_stop = item.key_begin() + plan.chunk_keys;
   const int64_t key_end = key_stop < p.seqlen_k ? key_stop : p.seqlen_k;
-  with_bias_gradients<Policy>(p, b_begin, kv_begin * heads, [&](const auto& gradient) {
+  with_bias_gradients<Policy>(p, b_begin, kv_begin * group_size, [&](const auto& gradient) {
     if (gradient.is_first && plan.visits_all_keys) return;  // dscores are stored in all entries
     const int64_t own_batches = gradient.view.stride_batch == 0 ? b_begin + 1 : b_end;
-    const int64_t own_heads = gradient.view.stride_head == 0 ? kv_begin * heads + 1 : kv_end * heads;
+    const int64_t own_heads = gradient.view.stride_head == 0 ? kv_begin * group_size + 1 : kv_end * group_size;
     for (int64_t b = b_begin; b < own_batches; ++b) {
-      for (int64_t h = kv_begin * heads; h < own_heads; ++h) {
+      for (int64_t h = kv_begin * group_size; h < own_heads; ++h) {
         clear_dbias(gradient, b, h, p.seqlen_q, item.key_begin(), key_end);
       }
     }
   });
   bool is_exact = true;
   for (int64_t b = b_begin; b < b_end; ++b) {
-    for (int64_t h = kv_begin * heads; p.drelative_bias.data != nullptr && h < kv_end * heads; ++h) {
+    for (int64_t h = kv_begin * group_size; p.drelative_bias.data != nullptr && h < kv_end * group_size; ++h) {
       memset(item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative, 0,
              item.partials.row_relative * sizeof(Lane));
     }

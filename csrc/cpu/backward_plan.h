@@ -104,7 +104,7 @@ BackwardPlan plan_backward(const AttentionParams& p) {
   // memory. In return, slabs save scratch memory: it holds dkey and dvalue of one slab only, not of the whole chunk.
   // The plan uses slabs only if they save at least as much as they need.
   plan.sums_dquery = !kSame<typename Policy::Storage, Lane> && plan.chunks == 1 && p.dquery.data != nullptr;
-  const int64_t sums_bytes = p.num_heads / p.num_kv_heads * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
+  const int64_t sums_bytes = group_size_of(p) * p.seqlen_q * head_row * static_cast<int64_t>(sizeof(Lane));
   const bool is_worth_it = !plan.sums_dquery || sums_bytes <= (plan.chunk_keys - plan.slab_keys) * key_bytes;
   if (plan.slab_keys >= plan.chunk_keys || !is_worth_it) {
     plan.slab_keys = plan.chunk_keys;
@@ -226,7 +226,7 @@ struct BackwardScratch {
     const int64_t tile = rows * stride;
     const int64_t parts = Policy::kParts > 1 ? Policy::kParts : 1;
     const bool pairs = Policy::kParts > 0;
-    const int64_t visits = p.num_heads / p.num_kv_heads * ((p.seqlen_q + kBlockQ - 1) / kBlockQ);
+    const int64_t visits = group_size_of(p) * ((p.seqlen_q + kBlockQ - 1) / kBlockQ);
     key.layout(arena, p, visits);
     value.layout(arena, p, value_dim, visits);
     dprobs = arena.take<Lane>(Policy::kUsesAmx ? tile : 0);
@@ -246,7 +246,7 @@ struct BackwardScratch {
       dbias = pairs || p.softcap > 0 ? arena.take<Lane>(tile) : reinterpret_cast<Lane*>(dscores);
     }
     dquery = arena.take<Lane>(head_row * stride);
-    dquery_rows = arena.take<Lane>(plan.sums_dquery ? p.num_heads / p.num_kv_heads * p.seqlen_q * head_row : 0);
+    dquery_rows = arena.take<Lane>(plan.sums_dquery ? group_size_of(p) * p.seqlen_q * head_row : 0);
     dkey = arena.take<Lane>((plan.slab_keys + 1) * head_row);
     dvalue = arena.take<Lane>((plan.slab_keys + 1) * value_row);
     out = arena.take<Lane>(Policy::kUsesAmx ? 0 : column_lanes<Policy>(value_dim, stride));

@@ -123,7 +123,7 @@ class ItemDecoder {
   // Computes all blocks of keys.
   void attend(const ValidKeys* valid_keys) {
     start_rows();
-    const int64_t kv_head = first_head_ / (p_.num_heads / p_.num_kv_heads);
+    const int64_t kv_head = kv_head_of(p_, first_head_);
     const RowSource<Storage> key_source = row_source<Storage>(p_, p_.key, seq_, item_.b, kv_head);
     const RowSource<Storage> value_source = row_source<Storage>(p_, p_.value, seq_, item_.b, kv_head);
     const int64_t split_keys = plan_.keys_per_split(seq_);

@@ -101,7 +101,7 @@ DecodePlan plan_decode(const AttentionParams& p) {
   constexpr int64_t kLeastKeys = 512;
   DecodePlan plan;
   const bool own_masks = has_score_mask_of_heads(p);
-  plan.heads = own_masks ? 1 : p.num_heads / p.num_kv_heads;
+  plan.heads = own_masks ? 1 : group_size_of(p);
   plan.groups = p.num_heads / plan.heads;
   constexpr int64_t kItems = 64;
   const int64_t wanted = (kItems + p.batch * plan.groups - 1) / (p.batch * plan.groups);

@@ -233,7 +233,7 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
   const int panels = (vectors + kTileVectors - 1) / kTileVectors;
   const int value_dim = static_cast<int>(p.value_dim);
-  const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
+  const int64_t kv_head = kv_head_of(p, h);
   const RowSource<Storage> values = row_source<Storage>(p, p.value, seq, b, kv_head);
 
 #if defined(__AMX_BF16__)
@@ -373,7 +373,7 @@ void forward_by_query_blocks(const AttentionParams& p) {
   const Buffer valid_keys_memory(valid_keys_bytes(p));
   const Buffer relative_memory(relative_bias_bytes<Lane>(p));
   // A thread visits one kv head with as many query blocks as its head group has, but with no more than its share.
-  const int64_t group_blocks = p.num_heads / p.num_kv_heads * blocks;
+  const int64_t group_blocks = group_size_of(p) * blocks;
   const int64_t share = items / threads;
   const int64_t visits = group_blocks < share ? group_blocks : share;
   const std::unique_ptr<ForwardScratch<Policy>[]> scratch(new ForwardScratch<Policy>[threads]);

@@ -371,7 +371,7 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const KeyBlock& keys = *scratch.keys;
-  const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
+  const int64_t kv_head = kv_head_of(p, h);
   const int head_dim = static_cast<int>(p.head_dim);
   scratch.rows.find(row_source<Storage>(p, p.key, seq, b, kv_head), keys, head_dim);
   in.keys = &keys;

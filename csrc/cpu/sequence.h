@@ -1,4 +1,5 @@
-// The rows of one sequence in a packed tensor, the address of a row in a TensorView, and the sink of a head.
+// The rows of one sequence in a packed tensor, the groups of query heads, the address of a row in a TensorView, and the
+// sink of a head.
 #pragma once
 #include "../common/attention_params.h"
 #include "elementary.h"
@@ -31,6 +32,12 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   if (p.band_from_end) s.diagonal_offset += s.seqlen_k - s.seqlen_q;
   return s;
 }
+
+// The number of query heads that read one kv head.
+FA_INLINE int64_t group_size_of(const AttentionParams& p) { return p.num_heads / p.num_kv_heads; }
+
+// The kv head that query head h reads.
+FA_INLINE int64_t kv_head_of(const AttentionParams& p, int64_t h) { return h / group_size_of(p); }
 
 // The address of the first element of row (b, h, row) of a view.
 template <class T>
