@@ -352,39 +352,38 @@ Rows<typename Policy::Lane> dquery_lanes(const BackwardItem<Policy>& item, const
   return {item.scratch.dquery_rows + h % group_size_of(p) * p.seqlen_q * stride, stride};
 }
 
-// Processes one query block of one head with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue
-// to `dkey` and `dvalue`. Writes the part of dquery if this is the first slab of the item. A later slab adds its part
-// to dquery. Returns false if floats are multiplied in parts, and a query, dout or a dscore has none (parts.h).
+// Processes one block of queries with the keys [slab_begin, slab_end). Adds the block's part of dkey and dvalue to
+// `dkey` and `dvalue`. Writes the part of dquery if this is the first slab of the item. A later slab adds its part to
+// dquery. Returns false if floats are multiplied in parts, and a query, dout or a dscore has none (parts.h).
 template <class Policy>
-bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
+bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, const QueryBlock& queries,
                     int64_t slab_begin, int64_t slab_end, const KeyGradient<Policy>& dkey,
                     const KeyGradient<Policy>& dvalue) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const AttentionParams& p = item.p;
   const BackwardScratch<Policy>& s = item.scratch;
-  const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+  const int64_t b = queries.b, h = queries.h;
+  const int nq = queries.count;
   const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
   const int panels = (vectors + kTileVectors - 1) / kTileVectors;
   const int head_dim = static_cast<int>(p.head_dim);
   const int value_dim = static_cast<int>(p.value_dim);
   const int64_t kv_head = kv_head_of(p, h);
-  const int64_t row = seq.q_offset + q_begin;
   const bool is_single_pass = item.plan.is_single_pass;
   const bool stores_pairs = stores_dbias_pairs<Policy>(p);
-  const RowStatistics<Lane> rows = is_single_pass ? s.statistics : item.statistics.at(p, b, h, q_begin);
+  const RowStatistics<Lane> rows = is_single_pass ? s.statistics : item.statistics.at(p, b, h, queries.begin);
   const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
-  const Storage* query = row_of<const Storage>(p.query, b, h, row);
-  const Storage* dout = row_of<const Storage>(p.dout, b, h, row);
+  const Storage* query = rows_of<const Storage>(p.query, seq, queries);
+  const Storage* dout = rows_of<const Storage>(p.dout, seq, queries);
   const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
   const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
 
   bool is_exact = true;
-  if (is_single_pass)
-    is_exact = measure_rows<Policy>(p, seq, item.relative, item.valid_keys, b, h, q_begin, nq, s, rows);
+  if (is_single_pass) is_exact = measure_rows<Policy>(p, seq, item.relative, item.valid_keys, queries, s, rows);
   // Stop here if no query of the block sees a key of the slab. In the first slab, dquery must still be written.
   KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, item.valid_keys, b, h, q_begin, nq, slab_begin, slab_end);
+  KeyStream stream(p, seq, item.valid_keys, queries, slab_begin, slab_end);
   const bool is_first = slab_begin == item.key_begin();
   const bool has_keys = stream.next(keys);
   if (!has_keys && !is_first) return is_exact;
@@ -405,13 +404,13 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
     if (!is_single_pass) pack_columns<Policy>(dout, p.dout.stride_row, nq, value_dim, s.dout);
     const Rows<const Lane> query_rows = find_query_rows<Policy>(query, p.query.stride_row, nq, head_dim, s.query_rows);
     const Rows<const Lane> dout_rows = find_query_rows<Policy>(dout, p.dout.stride_row, nq, value_dim, s.dout_rows);
-    ScoreInputs<Policy> in = score_inputs<Policy>(p, item.relative, h, q_begin, nq);
+    ScoreInputs<Policy> in = score_inputs<Policy>(p, item.relative, queries);
     in.query = s.query;
     Vec<Lane> ones[kBlockVectors<Lane>];
     for (int v = 0; v < vectors; ++v) ones[v] = broadcast<Lane>(1);
 
     do {
-      prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
+      prepare_keys<Policy>(p, seq, queries, s.key, in);
       s.value.find(value_source, keys, value_dim);
       if constexpr (Policy::kUsesAmx)
         multiply_keys_by_columns<Policy>(s.value, keys.count, value_dim, s.dout, in.stride, s.dprobs);
@@ -422,7 +421,7 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
       const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
       const bool is_plain = in.raw && !p.has_dropout;
       const int value_depth = Policy::lanes_for(value_dim);
-      const MaskPrefetcher<Policy> masks(p, b, h, q_begin, nq, keys, slab_end);
+      const MaskPrefetcher<Policy> masks(p, queries, keys, slab_end);
       for (int t = 0; t < tiles; ++t) {
         const int k = t * kTileKeys;
         masks.prefetch(t, tiles);
@@ -480,15 +479,15 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
                             s.key.ranges, tiles, keys.count, vectors, s.dquery);
       }
       if (stores_pairs) {
-        store_dbias_pairs<Policy>(p.dbias, b, h, q_begin, nq, keys, s.dscore_pairs);
+        store_dbias_pairs<Policy>(p.dbias, queries, keys, s.dscore_pairs);
       } else if (s.dbias != nullptr) {
         clear_beyond<Lane>(s.dbias, keys.count, nq);
         with_bias_gradients<Policy>(
-            p, b, h, [&](const auto& gradient) { accumulate_dbias<Lane>(gradient, b, h, q_begin, nq, keys, s.dbias); });
+            p, b, h, [&](const auto& gradient) { accumulate_dbias<Lane>(gradient, queries, keys, s.dbias); });
       }
       if (p.drelative_bias.data != nullptr) {
         Lane* partial = item.partials.drelative_bias + head_index(p, item.chunk, b, h) * item.partials.row_relative;
-        accumulate_drelative<Lane>(keys, vectors, s.dbias, partial + q_begin + p.seqlen_k - 1);
+        accumulate_drelative<Lane>(keys, vectors, s.dbias, partial + queries.begin + p.seqlen_k - 1);
       }
     } while (stream.next(keys));
   }
@@ -499,9 +498,9 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, int64
   const Rows<Lane> sums = dquery_lanes(item, seq, b, h);
   if (sums.data != nullptr) {
     write_transposed<ElementPolicy<Lane, Lane, 1>>(s.dquery, nq, head_dim, scale, /*add=*/!is_first,
-                                                   sums.data + q_begin * sums.stride, sums.stride);
+                                                   sums.data + queries.begin * sums.stride, sums.stride);
   } else {
-    write_transposed<Policy>(s.dquery, nq, head_dim, scale, /*add=*/false, row_of<Storage>(p.dquery, b, h, row),
+    write_transposed<Policy>(s.dquery, nq, head_dim, scale, /*add=*/false, rows_of<Storage>(p.dquery, seq, queries),
                              p.dquery.stride_row);
   }
   return is_exact;
@@ -541,7 +540,8 @@ bool backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
       clear_gradient(*gradient, count, item.plan.visits_all_keys);
     for (int64_t h = first_head; h < first_head + group_size; ++h) {
       for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
-        is_exact &= backward_block<Policy>(item, seq, b, h, q_begin, slab_begin, slab_end, dkey, dvalue);
+        is_exact &=
+            backward_block<Policy>(item, seq, query_block_of(seq, b, h, q_begin), slab_begin, slab_end, dkey, dvalue);
       }
     }
     if (!has_one_block && p.dkey.data != nullptr) {
@@ -709,13 +709,13 @@ void backward_with_policy(const AttentionParams& p) {
     const int64_t q_begin = index % blocks * kBlockQ;
     const Sequence seq = sequence_of(p, b);
     if (q_begin >= seq.seqlen_q) return;
-    const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
+    const QueryBlock queries = query_block_of(seq, b, h, q_begin);
     const RowStatistics<Lane> block_rows = statistics.at(p, b, h, q_begin);
     const FlushDenormalResults flush(can_flush);
     [[maybe_unused]] const MatrixRegisters<Policy> registers;
     const auto measure = [&](auto policy, const auto& own_scratch) {
       using Own = decltype(policy);
-      return measure_rows<Own>(p, seq, relative, valid_keys, b, h, q_begin, nq, own_scratch, block_rows);
+      return measure_rows<Own>(p, seq, relative, valid_keys, queries, own_scratch, block_rows);
     };
     if constexpr (kHasParts) {
       if (!multiplies_parts<Policy>(p, seq) || !measure(Policy{}, scratch[thread]))

@@ -324,6 +324,8 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   if (rows == 0) return;
   read_rows<Policy>(p, seq, b, kv_head, s);
 
+  // The masks of the first head are those of all heads of the group.
+  const QueryBlock queries = {b, kv_head * group_size, 0, static_cast<int>(seq.seqlen_q)};
   // Calls visit(the number of the pair of the block and row 0) for each block of keys. Returns the number of blocks.
   // If the caller knows that there is a single block, s.block still holds it.
   const KeyBlock& keys = *s.block.keys;
@@ -331,7 +333,7 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   const HeadRows<Storage> value_rows = {s.block.value_rows, 0};
   const auto visit_blocks = [&](bool is_single, const auto& visit) {
     int64_t blocks = 0;
-    KeyStream stream(p, seq, valid_keys, b, kv_head * group_size, 0, static_cast<int>(seq.seqlen_q), 0, seq.seqlen_k);
+    KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k);
     const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
     const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
     for (; is_single ? blocks == 0 : s.block.next(stream, key_source, value_source); ++blocks) {

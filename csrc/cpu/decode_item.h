@@ -129,8 +129,9 @@ class ItemDecoder {
     const int64_t split_keys = plan_.keys_per_split(seq_);
     const int64_t key_begin = item_.split * split_keys;
     const int64_t key_end = std::min(key_begin + split_keys, seq_.seqlen_k);
-    KeyStream stream(p_, seq_, valid_keys, item_.b, first_head_, 0, static_cast<int>(seq_.seqlen_q), key_begin,
-                     key_end);
+    // The masks of the first head are those of all heads of the item.
+    const QueryBlock queries = {item_.b, first_head_, 0, static_cast<int>(seq_.seqlen_q)};
+    KeyStream stream(p_, seq_, valid_keys, queries, key_begin, key_end);
     const Block* block = &s_.blocks[0];
     const Block* next_block = &s_.blocks[1];
     bool has_block = block->next(stream, key_source, value_source);

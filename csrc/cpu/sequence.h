@@ -1,5 +1,5 @@
-// The rows of one sequence in a packed tensor, the groups of query heads, the address of a row in a TensorView, and the
-// sink of a head.
+// The rows of one sequence in a packed tensor, blocks of queries, groups of query heads, the address of a row in a
+// TensorView, and the sink of a head.
 #pragma once
 #include "../common/attention_params.h"
 #include "elementary.h"
@@ -33,6 +33,15 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   return s;
 }
 
+// Neighbouring queries of one head: [begin, begin + count) of head h of batch entry b. The numbers count from the first
+// query of the sequence.
+struct QueryBlock {
+  int64_t b;
+  int64_t h;
+  int64_t begin;
+  int count;
+};
+
 // The number of query heads that read one kv head.
 FA_INLINE int64_t group_size_of(const AttentionParams& p) { return p.num_heads / p.num_kv_heads; }
 
@@ -43,6 +52,19 @@ FA_INLINE int64_t kv_head_of(const AttentionParams& p, int64_t h) { return h / g
 template <class T>
 FA_INLINE T* row_of(const TensorView& view, int64_t b, int64_t h, int64_t row) {
   return static_cast<T*>(view.data) + (b * view.stride_batch + h * view.stride_head + row * view.stride_row);
+}
+
+// The address of the first query of a block in a view whose rows count from the first query of the sequence. Those of
+// masks and biases do.
+template <class T>
+FA_INLINE T* rows_of(const TensorView& view, const QueryBlock& queries) {
+  return row_of<T>(view, queries.b, queries.h, queries.begin);
+}
+
+// The same in a view of a tensor that a packed call packs, such as query and out.
+template <class T>
+FA_INLINE T* rows_of(const TensorView& view, const Sequence& seq, const QueryBlock& queries) {
+  return row_of<T>(view, queries.b, queries.h, seq.q_offset + queries.begin);
 }
 
 // The logit that is added to the denominators of head h. Without sinks, it is -inf.
