@@ -39,8 +39,7 @@ FA_INLINE bool sees_all_keys(const AttentionParams& p) {
   const bool has_masks = has_score_mask(p) || p.key_padding.data != nullptr;
   const bool has_lengths = p.cu_seqlens_q != nullptr || p.key_lengths != nullptr;
   if (has_masks || has_lengths) return false;
-  const Band band = {p.window_left, p.window_right, sequence_of(p, 0).diagonal_offset};
-  return band.all_visible(0, p.seqlen_q - 1, 0, p.seqlen_k - 1);
+  return band_of(p, sequence_of(p, 0)).all_visible(0, p.seqlen_q - 1, 0, p.seqlen_k - 1);
 }
 
 // Whether decode_backward.h computes this call, if no head has to be shared among threads. With AVX-512, calls of 64

@@ -30,7 +30,8 @@ constexpr int64_t kWideBand = 128;
 // How many keys of the longest sequence the band shows to some query.
 inline int64_t keys_in_band(const AttentionParams& p) {
   const int64_t from_end = p.band_from_end ? p.seqlen_k - p.seqlen_q : 0;
-  const Band band = {p.window_left, p.window_right, p.diagonal_offset + from_end};
+  const Sequence longest = {0, 0, p.seqlen_q, p.seqlen_k, p.diagonal_offset + from_end};
+  const Band band = band_of(p, longest);
   const int64_t begin = std::max<int64_t>(band.first_key(0), 0);
   const int64_t end = std::min(band.last_key(p.seqlen_q - 1) + 1, p.seqlen_k);
   return end - begin;

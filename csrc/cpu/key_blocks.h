@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 
-#include "../common/band.h"
 #include "mask_words.h"
 #include "tiles.h"
 #include "valid_keys.h"
@@ -33,7 +32,7 @@ class KeyStream {
   // Finds the first and the last key. `valid_keys` are the lists of all batch entries, or null without key padding.
   KeyStream(const AttentionParams& p, const Sequence& seq, const ValidKeys* valid_keys, const QueryBlock& queries,
             int64_t key_begin, int64_t key_end)
-      : band_{p.window_left, p.window_right, seq.diagonal_offset},
+      : band_(band_of(p, seq)),
         mask_(p, queries, seq.seqlen_k),
         q_begin_(queries.begin),
         q_last_(queries.begin + queries.count - 1),
@@ -43,7 +42,7 @@ class KeyStream {
     next_ = first > key_begin ? first : key_begin;
     end_ = last < key_end - 1 ? last + 1 : key_end;
     mask_.narrow(next_, end_);
-    if (p.window_left + p.window_right < 0) end_ = key_begin;  // the band is empty, so no query sees a key
+    if (band_.left + band_.right < 0) end_ = key_begin;  // the band is empty, so no query sees a key
     if (valid_keys != nullptr) {
       valid_keys_ = valid_keys[queries.b];
       // With a list of valid keys, next_ is a position in the list. A binary search finds the first key of the list

@@ -1,7 +1,8 @@
-// The rows of one sequence in a packed tensor, blocks of queries, groups of query heads, the address of a row in a
-// TensorView, and the sink of a head.
+// The rows of one sequence in a packed tensor, its band, blocks of queries, groups of query heads, the address of a row
+// in a TensorView, and the sink of a head.
 #pragma once
 #include "../common/attention_params.h"
+#include "../common/band.h"
 #include "elementary.h"
 
 namespace fused_attn::cpu {
@@ -31,6 +32,11 @@ FA_INLINE Sequence sequence_of(const AttentionParams& p, int64_t b) {
   if (p.key_lengths != nullptr) s.seqlen_k = p.key_lengths[b];
   if (p.band_from_end) s.diagonal_offset += s.seqlen_k - s.seqlen_q;
   return s;
+}
+
+// The band of a sequence.
+FA_INLINE Band band_of(const AttentionParams& p, const Sequence& seq) {
+  return {p.window_left, p.window_right, seq.diagonal_offset};
 }
 
 // Neighbouring queries of one head: [begin, begin + count) of head h of batch entry b. The numbers count from the first
