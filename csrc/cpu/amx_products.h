@@ -5,7 +5,8 @@
 //   sum_over_queries           dvalue[key][d]       = probs^T[key] . dout[d]; likewise dkey from dscores and query
 //
 // The right factors lie in the scratch as pairs of bfloat16, which is what AMX wants. Left factors are read from the
-// tensors, or copied or transposed to tiles. Floats are always copied, as parts (parts.h). Results go through memory.
+// tensors, or copied or transposed to tiles. Floats are always copied, as parts (float_parts.h). Results go through
+// memory.
 #pragma once
 #include <type_traits>
 

@@ -1,6 +1,6 @@
 // The gradients of the dense bias, the key bias and the relative bias, which are sums of dscores.
 #pragma once
-#include "backward_plan.h"
+#include "backward_scratch.h"
 
 namespace fused_attn::cpu {
 namespace {

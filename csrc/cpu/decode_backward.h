@@ -1,6 +1,7 @@
-// Backward for few queries, as of a small window or of a few latents. The other kernel (backward.h) puts one query into
-// each lane, so with few queries most lanes would be empty, and the transposition of queries and gradients would take
-// longer than the products. Here the lanes of a vector are columns of a row, as in decode.h, and nothing is transposed.
+// Backward for few queries, as of a small window or of a few latents. The other kernel (backward_blocks.h) puts one
+// query into each lane, so with few queries most lanes would be empty, and the transposition of queries and gradients
+// would take longer than the products. Here the lanes of a vector are columns of a row, as in decode_forward.h, and
+// nothing is transposed.
 //
 // A thread processes all queries of a head group, whose keys are the same, in two passes over the blocks of keys:
 //

@@ -1,5 +1,5 @@
-// One work item of the kernel for few queries (decode.h): the softmax of its rows over the keys of its split, and the
-// sums of the values.
+// One work item of the kernel for few queries (decode_forward.h): the softmax of its rows over the keys of its split,
+// and the sums of the values.
 #pragma once
 #include "amx_products.h"
 #include "decode_block.h"

@@ -38,10 +38,10 @@ struct DecodePlan {
   // The number of items of the whole call.
   int64_t items(const AttentionParams& p) const { return p.batch * items_of_split() * splits; }
 
-  // Item number `index`. Neighbouring items, which one thread computes, read neighbouring memory: other heads of the same
-  // keys if the rows of all heads follow one another, and otherwise other keys of the same heads. A thread that reads
-  // half of each row can fill half of the sets of its caches only: one query over 2048 keys of 2 heads in pages (2
-  // threads of a Xeon, keys and values of 4 MiB) took 1.5 of the time.
+  // Item number `index`. Neighbouring items, which one thread computes, read neighbouring memory: other heads of the
+  // same keys if the rows of all heads follow one another, and otherwise other keys of the same heads. A thread that
+  // reads half of each row can fill half of the sets of its caches only: one query over 2048 keys of 2 heads in pages
+  // (2 threads of a Xeon, keys and values of 4 MiB) took 1.5 of the time.
   DecodeItem item(int64_t index) const {
     const int64_t parts = items_of_split();
     const int64_t b = index / (parts * splits), rest = index % (parts * splits);

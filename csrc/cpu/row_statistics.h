@@ -1,7 +1,7 @@
 // The row statistics, which backward computes for every query before it loops over keys: lse with its correction, dlse,
 // and delta = rowsum(dout * out).
 #pragma once
-#include "backward_plan.h"
+#include "backward_scratch.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -169,7 +169,7 @@ FA_NOINLINE bool correct_lse(const AttentionParams& p, const Sequence& seq,
 }
 
 // Computes the statistics `rows` of a block of queries. Leaves the transposed dout of these queries in s.dout. Returns
-// false if floats are multiplied in parts, and dout has none (parts.h), or a result is NaN.
+// false if floats are multiplied in parts, and dout has none (float_parts.h), or a result is NaN.
 template <class Policy>
 bool measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename Policy::Lane>& relative,
                   const ValidKeys* valid_keys, const QueryBlock& queries, const BackwardScratch<Policy>& s,

@@ -5,9 +5,9 @@
 
 #include "amx_products.h"
 #include "dropout.h"
-#include "elementary.h"
 #include "key_rows.h"
 #include "relative_bias.h"
+#include "vec_math.h"
 
 namespace fused_attn::cpu {
 namespace {

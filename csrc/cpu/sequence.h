@@ -3,7 +3,7 @@
 #pragma once
 #include "../common/attention_params.h"
 #include "../common/band.h"
-#include "elementary.h"
+#include "vec_math.h"
 
 namespace fused_attn::cpu {
 namespace {

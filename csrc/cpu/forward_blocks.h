@@ -362,7 +362,7 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
 
 // Forward for many queries: allocates the scratch and processes all work items on threads.
 template <class Policy>
-void forward_by_query_blocks(const AttentionParams& p) {
+void forward_blocks(const AttentionParams& p) {
   using Lane = typename Policy::Lane;
   const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
   const int64_t items = p.batch * p.num_heads * blocks;
