@@ -98,7 +98,7 @@ void reduce_dquery(const AttentionParams& p, const BackwardPlan& plan,
   }
 }
 
-// dsinks[h] -= sum over the rows of head h of exp(sink - lse) * (delta - dlse). Here exp(sink - lse) is the probability
+// dsinks[h] = sum over the rows of head h of exp(sink - lse) * (dlse - delta). Here exp(sink - lse) is the probability
 // of the sink in the row.
 template <class Lane>
 void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statistics, int64_t h) {
@@ -113,7 +113,7 @@ void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statist
       total += share * (load<Lane>(rows.dlse + i) - load<Lane>(rows.delta + i));
     }
   }
-  *row_of<Lane>(p.dsinks, 0, h, 0) += sum_lanes<Lane>(total);
+  *row_of<Lane>(p.dsinks, 0, h, 0) = sum_lanes<Lane>(total);
 }
 
 // Computes all gradients of one call: plans the work, allocates the scratch, and runs the two passes on threads.
@@ -207,8 +207,6 @@ void backward_with_policy(const AttentionParams& p) {
   }
   if (p.drelative_bias.data != nullptr) reduce_drelative<Lane>(p, plan, partials);
   if (p.dsinks.data != nullptr) {
-    // One thread loops over the heads, because heads that share a sink (stride 0) add to the same number.
-    for (int64_t h = 0; h < p.num_heads; ++h) *row_of<Lane>(p.dsinks, 0, h, 0) = 0;
     for (int64_t h = 0; h < p.num_heads; ++h) compute_dsinks<Lane>(p, statistics, h);
   }
 }
