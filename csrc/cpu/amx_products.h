@@ -5,7 +5,8 @@
 //   sum_over_queries           dvalue[key][d]       = probs^T[key] . dout[d]; likewise dkey from dscores and query
 //
 // The right factors lie in the scratch as pairs of bfloat16, which is what AMX wants. Left factors are read from the
-// tensors, or copied or transposed to tiles. Floats are always copied, as parts (parts.h). Results go through memory.
+// tensors, or copied or transposed to tiles. Floats are always copied, as parts (float_parts.h). Results go through
+// memory.
 #pragma once
 #include <type_traits>
 
@@ -38,7 +39,7 @@ struct Products {
 template <class Policy>
 bool multiplies_parts(const AttentionParams& p, const Sequence& seq) {
   constexpr int64_t kShortRows = 56;  // of a key and a value together
-  const int64_t queries = p.num_heads / p.num_kv_heads * seq.seqlen_q;
+  const int64_t queries = group_size_of(p) * seq.seqlen_q;
   return Policy::kParts > 1 && seq.seqlen_q >= kBlockQ && queries > kBlockQ && p.head_dim + p.value_dim >= kShortRows;
 }
 

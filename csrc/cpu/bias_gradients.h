@@ -1,6 +1,6 @@
 // The gradients of the dense bias, the key bias and the relative bias, which are sums of dscores.
 #pragma once
-#include "backward_plan.h"
+#include "backward_scratch.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -54,19 +54,20 @@ FA_INLINE void with_bias_gradients(const AttentionParams& p, int64_t b, int64_t 
   if (p.dkey_bias.data != nullptr) f(BiasGradient<Lane>{p.dkey_bias, /*is_first=*/false});
 }
 
-// Stores or adds dscores of a block of keys, tile[key][query], of head (b, h). There are four branches:
+// Stores or adds dscores of a block of keys, tile[key][query]. There are four branches:
 //
 //   stride_col is 0                    all keys share an entry, so the function sums over the keys
 //   stride_row is 0                    all queries share an entry, so the function sums over the queries
 //   stride_col is 1, contiguous keys   the function transposes the tile, and takes whole vectors
 //   otherwise                          the function takes one number at a time
 template <class Lane, class Entry>
-FA_NOINLINE void accumulate_dbias(const BiasGradient<Entry>& gradient, int64_t b, int64_t h, int64_t q_begin, int nq,
-                                  const KeyBlock& keys, const Lane* tile) {
+FA_NOINLINE void accumulate_dbias(const BiasGradient<Entry>& gradient, const QueryBlock& queries, const KeyBlock& keys,
+                                  const Lane* tile) {
   constexpr int n = kLanes<Lane>;
   const TensorView& view = gradient.view;
+  const int nq = queries.count;
   const int64_t stride = round_up(nq, n);
-  Entry* base = gradient.row(b, h, q_begin);
+  Entry* base = rows_of<Entry>(view, queries);
   if (view.stride_col == 0) {
     Vec<Lane> total = {};
     for (int q = 0; q < nq; q += n) {
@@ -113,16 +114,17 @@ FA_NOINLINE void accumulate_dbias(const BiasGradient<Entry>& gradient, int64_t b
   }
 }
 
-// Stores dscores of a block of keys, pairs[pair of keys][query], in the gradient of the dense bias of head (b, h), in
-// which each score has an entry of its own.
+// Stores dscores of a block of keys, pairs[pair of keys][query], in the gradient of the dense bias, in which each score
+// has an entry of its own.
 template <class Policy>
-FA_NOINLINE void store_dbias_pairs(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
-                                   const KeyBlock& keys, const typename Policy::Lane* pairs) {
+FA_NOINLINE void store_dbias_pairs(const TensorView& view, const QueryBlock& queries, const KeyBlock& keys,
+                                   const typename Policy::Lane* pairs) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
+  const int nq = queries.count;
   const int64_t stride = round_up(nq, n);
-  Storage* base = row_of<Storage>(view, b, h, q_begin);
+  Storage* base = rows_of<Storage>(view, queries);
   if (view.stride_col == 1 && keys.contiguous) {
     base += keys.index[0];
     for (int q = 0; q < nq; q += n) {

@@ -1,6 +1,7 @@
-// Backward for few queries, as of a small window or of a few latents. The other kernel (backward.h) puts one query into
-// each lane, so with few queries most lanes would be empty, and the transposition of queries and gradients would take
-// longer than the products. Here the lanes of a vector are columns of a row, as in decode.h, and nothing is transposed.
+// Backward for few queries, as of a small window or of a few latents. The other kernel (backward_blocks.h) puts one
+// query into each lane, so with few queries most lanes would be empty, and the transposition of queries and gradients
+// would take longer than the products. Here the lanes of a vector are columns of a row, as in decode_forward.h, and
+// nothing is transposed.
 //
 // A thread processes all queries of a head group, whose keys are the same, in two passes over the blocks of keys:
 //
@@ -56,7 +57,7 @@ struct DecodeBackwardScratch {
 
   // Takes the memory of all arrays out of the arena.
   void layout(Arena& arena, const AttentionParams& p) {
-    const int64_t count = p.num_heads / p.num_kv_heads * p.seqlen_q;
+    const int64_t count = group_size_of(p) * p.seqlen_q;
     const int64_t head_lanes = count * round_up(p.head_dim, kLanes<Lane>);
     const int64_t value_lanes = count * round_up(p.value_dim, kLanes<Lane>);
     const int64_t block_rows = round_up(p.seqlen_k, kBlockK) / kBlockK * count;
@@ -223,8 +224,8 @@ void read_rows(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t
   const int value_dim = static_cast<int>(p.value_dim);
   const int64_t head_row = round_up(head_dim, kLanes<Lane>);
   const int64_t value_row = round_up(value_dim, kLanes<Lane>);
-  const int64_t heads = p.num_heads / p.num_kv_heads;
-  for (int64_t r = 0, h = kv_head * heads; h < (kv_head + 1) * heads; ++h) {
+  const int64_t group_size = group_size_of(p);
+  for (int64_t r = 0, h = kv_head * group_size; h < (kv_head + 1) * group_size; ++h) {
     for (int64_t i = 0; i < seq.seqlen_q; ++i, ++r) {
       const int64_t row = seq.q_offset + i;
       const Lane lse = *row_of<const Lane>(p.lse, b, h, row);
@@ -308,8 +309,8 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   const int value_dim = static_cast<int>(p.value_dim);
   const int64_t head_row = round_up(head_dim, n);
   const int64_t value_row = round_up(value_dim, n);
-  const int64_t heads = p.num_heads / p.num_kv_heads;
-  const int64_t rows = heads * seq.seqlen_q;
+  const int64_t group_size = group_size_of(p);
+  const int64_t rows = group_size * seq.seqlen_q;
   const Lane scale = static_cast<Lane>(p.scale);
   const auto key_gradient = [&](const TensorView& view, int dim, Lane factor) -> KeyGradientRows<Policy> {
     if (view.data == nullptr) return {nullptr, 0, dim, factor};
@@ -324,6 +325,8 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   if (rows == 0) return;
   read_rows<Policy>(p, seq, b, kv_head, s);
 
+  // The masks of the first head are those of all heads of the group.
+  const QueryBlock queries = {b, kv_head * group_size, 0, static_cast<int>(seq.seqlen_q)};
   // Calls visit(the number of the pair of the block and row 0) for each block of keys. Returns the number of blocks.
   // If the caller knows that there is a single block, s.block still holds it.
   const KeyBlock& keys = *s.block.keys;
@@ -331,7 +334,7 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   const HeadRows<Storage> value_rows = {s.block.value_rows, 0};
   const auto visit_blocks = [&](bool is_single, const auto& visit) {
     int64_t blocks = 0;
-    KeyStream stream(p, seq, valid_keys, b, kv_head * heads, 0, static_cast<int>(seq.seqlen_q), 0, seq.seqlen_k);
+    KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k);
     const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
     const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
     for (; is_single ? blocks == 0 : s.block.next(stream, key_source, value_source); ++blocks) {

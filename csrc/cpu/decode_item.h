@@ -1,5 +1,5 @@
-// One work item of the kernel for few queries (decode.h): the softmax of its rows over the keys of its split, and the
-// sums of the values.
+// One work item of the kernel for few queries (decode_forward.h): the softmax of its rows over the keys of its split,
+// and the sums of the values.
 #pragma once
 #include "amx_products.h"
 #include "decode_block.h"
@@ -123,14 +123,15 @@ class ItemDecoder {
   // Computes all blocks of keys.
   void attend(const ValidKeys* valid_keys) {
     start_rows();
-    const int64_t kv_head = first_head_ / (p_.num_heads / p_.num_kv_heads);
+    const int64_t kv_head = kv_head_of(p_, first_head_);
     const RowSource<Storage> key_source = row_source<Storage>(p_, p_.key, seq_, item_.b, kv_head);
     const RowSource<Storage> value_source = row_source<Storage>(p_, p_.value, seq_, item_.b, kv_head);
     const int64_t split_keys = plan_.keys_per_split(seq_);
     const int64_t key_begin = item_.split * split_keys;
     const int64_t key_end = std::min(key_begin + split_keys, seq_.seqlen_k);
-    KeyStream stream(p_, seq_, valid_keys, item_.b, first_head_, 0, static_cast<int>(seq_.seqlen_q), key_begin,
-                     key_end);
+    // The masks of the first head are those of all heads of the item.
+    const QueryBlock queries = {item_.b, first_head_, 0, static_cast<int>(seq_.seqlen_q)};
+    KeyStream stream(p_, seq_, valid_keys, queries, key_begin, key_end);
     const Block* block = &s_.blocks[0];
     const Block* next_block = &s_.blocks[1];
     bool has_block = block->next(stream, key_source, value_source);

@@ -1,4 +1,4 @@
-// The second pass of the kernel for few queries (decode.h): merges the results of the splits of a row.
+// The second pass of the kernel for few queries (decode_forward.h): merges the results of the splits of a row.
 #pragma once
 #include "decode_plan.h"
 

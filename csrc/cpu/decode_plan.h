@@ -38,10 +38,10 @@ struct DecodePlan {
   // The number of items of the whole call.
   int64_t items(const AttentionParams& p) const { return p.batch * items_of_split() * splits; }
 
-  // Item number `index`. Neighbouring items, which one thread computes, read neighbouring memory: other heads of the same
-  // keys if the rows of all heads follow one another, and otherwise other keys of the same heads. A thread that reads
-  // half of each row can fill half of the sets of its caches only: one query over 2048 keys of 2 heads in pages (2
-  // threads of a Xeon, keys and values of 4 MiB) took 1.5 of the time.
+  // Item number `index`. Neighbouring items, which one thread computes, read neighbouring memory: other heads of the
+  // same keys if the rows of all heads follow one another, and otherwise other keys of the same heads. A thread that
+  // reads half of each row can fill half of the sets of its caches only: one query over 2048 keys of 2 heads in pages
+  // (2 threads of a Xeon, keys and values of 4 MiB) took 1.5 of the time.
   DecodeItem item(int64_t index) const {
     const int64_t parts = items_of_split();
     const int64_t b = index / (parts * splits), rest = index % (parts * splits);
@@ -101,7 +101,7 @@ DecodePlan plan_decode(const AttentionParams& p) {
   constexpr int64_t kLeastKeys = 512;
   DecodePlan plan;
   const bool own_masks = has_score_mask_of_heads(p);
-  plan.heads = own_masks ? 1 : p.num_heads / p.num_kv_heads;
+  plan.heads = own_masks ? 1 : group_size_of(p);
   plan.groups = p.num_heads / plan.heads;
   constexpr int64_t kItems = 64;
   const int64_t wanted = (kItems + p.batch * plan.groups - 1) / (p.batch * plan.groups);

@@ -1,6 +1,6 @@
-// The products of decode.h with AMX, for groups with several rows, as where heads share keys or a draft is verified.
-// Vectors need a multiply-add of each row for each vector of a key, so the time grows with the rows. A tile has 16
-// rows, and keys are read from the tensor as they are:
+// The products of decode_forward.h with AMX, for groups with several rows, as where heads share keys or a draft is
+// verified. Vectors need a multiply-add of each row for each vector of a key, so the time grows with the rows. A tile
+// has 16 rows, and keys are read from the tensor as they are:
 //
 //   scores[key][row] = keys . queries^T        then transposed, because the softmax takes a row of scores
 //   sums[row][d]     = probs . values          probs are split into two bfloat16, neighbouring values are interleaved

@@ -9,9 +9,9 @@ namespace {
 // dropout_keep[key][query] = -1 (all bits set) if dropout keeps the entry, otherwise 0, for the keys of a block. Keys
 // come in ascending order, so one call of philox_rows serves up to eight keys.
 template <class Int>
-FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, int nq,
-                                   const KeyBlock& keys, Int* dropout_keep) {
-  const int64_t stride = round_up(nq, kLanes<Int>);
+FA_NOINLINE void make_dropout_keep(const AttentionParams& p, const QueryBlock& queries, const KeyBlock& keys,
+                                   Int* dropout_keep) {
+  const int64_t stride = round_up(queries.count, kLanes<Int>);
   uint32_t words[4][kBlockQ];
   const DropoutOrigin& origin = p.dropout_origin;
   int64_t group = -1;
@@ -19,8 +19,9 @@ FA_NOINLINE void make_dropout_keep(const AttentionParams& p, int64_t b, int64_t 
     const int64_t key = keys.index[k] + origin.key;
     if (key / kPhiloxKeys != group) {
       group = key / kPhiloxKeys;
-      philox_rows(p.dropout_seed, static_cast<uint32_t>(b + origin.batch), static_cast<uint32_t>(h + origin.head),
-                  static_cast<uint32_t>(q_begin + origin.query), static_cast<uint32_t>(group), nq, words);
+      philox_rows(p.dropout_seed, static_cast<uint32_t>(queries.b + origin.batch),
+                  static_cast<uint32_t>(queries.h + origin.head), static_cast<uint32_t>(queries.begin + origin.query),
+                  static_cast<uint32_t>(group), queries.count, words);
     }
     const uint32_t* word = words[key % kPhiloxKeys / 2];
     const int shift = key % 2 == 0 ? 16 : 0;  // moves the number of an even key from the low half to the high half

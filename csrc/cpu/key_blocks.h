@@ -3,7 +3,6 @@
 #pragma once
 #include <algorithm>
 
-#include "../common/band.h"
 #include "mask_words.h"
 #include "tiles.h"
 #include "valid_keys.h"
@@ -21,26 +20,31 @@ struct KeyBlock {
   uint64_t word[kBlockK + kTileKeys];  // bit q is set if query q of the block sees the key
 };
 
-// Yields, block by block, the valid keys of [key_begin, key_end) that at least one of the queries [q_begin, q_begin +
-// nq) of head (b, h) sees. Other keys cost nothing, because kernels never load them.
+// The queries of a sequence from `begin` on, at most kBlockQ.
+FA_INLINE QueryBlock query_block_of(const Sequence& seq, int64_t b, int64_t h, int64_t begin) {
+  return {b, h, begin, seq.seqlen_q - begin < kBlockQ ? static_cast<int>(seq.seqlen_q - begin) : kBlockQ};
+}
+
+// Yields, block by block, the valid keys of [key_begin, key_end) that at least one of the queries sees. Other keys cost
+// nothing, because kernels never load them.
 class KeyStream {
  public:
   // Finds the first and the last key. `valid_keys` are the lists of all batch entries, or null without key padding.
-  KeyStream(const AttentionParams& p, const Sequence& seq, const ValidKeys* valid_keys, int64_t b, int64_t h,
-            int64_t q_begin, int nq, int64_t key_begin, int64_t key_end)
-      : band_{p.band_left, p.band_right, seq.band_offset},
-        mask_(p, b, h, q_begin, nq, seq.seqlen_k),
-        q_begin_(q_begin),
-        q_last_(q_begin + nq - 1),
-        valid_queries_(bit_range(0, nq - 1)) {
+  KeyStream(const AttentionParams& p, const Sequence& seq, const ValidKeys* valid_keys, const QueryBlock& queries,
+            int64_t key_begin, int64_t key_end)
+      : band_(band_of(p, seq)),
+        mask_(p, queries, seq.seqlen_k),
+        q_begin_(queries.begin),
+        q_last_(queries.begin + queries.count - 1),
+        valid_queries_(bit_range(0, queries.count - 1)) {
     const int64_t first = band_.first_key(q_begin_);
     const int64_t last = band_.last_key(q_last_);
     next_ = first > key_begin ? first : key_begin;
     end_ = last < key_end - 1 ? last + 1 : key_end;
     mask_.narrow(next_, end_);
-    if (p.band_left + p.band_right < 0) end_ = key_begin;  // the band is empty, so no query sees a key
+    if (band_.left + band_.right < 0) end_ = key_begin;  // the band is empty, so no query sees a key
     if (valid_keys != nullptr) {
-      valid_keys_ = valid_keys[b];
+      valid_keys_ = valid_keys[queries.b];
       // With a list of valid keys, next_ is a position in the list. A binary search finds the first key of the list
       // that is not before the first key of the band.
       int64_t low = 0, high = valid_keys_.count;
@@ -56,7 +60,7 @@ class KeyStream {
     }
   }
 
-  // The word whose bits of the queries that exist are set: bits 0 to nq - 1.
+  // The word whose bits of the queries that exist are set.
   uint64_t valid_queries() const { return valid_queries_; }
 
   // Writes the next keys to `block`. If no key is left, returns false and leaves the block as it is.

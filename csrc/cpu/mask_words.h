@@ -84,14 +84,14 @@ FA_INLINE bool has_score_mask_of_heads(const AttentionParams& p) {
 // size L x S.
 class MaskWords {
  public:
-  MaskWords(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, int nq, int64_t seqlen_k)
-      : bytes_(p.mask.data == nullptr ? nullptr : row_of<const uint8_t>(p.mask, b, h, q_begin)),
+  MaskWords(const AttentionParams& p, const QueryBlock& queries, int64_t seqlen_k)
+      : bytes_(p.mask.data == nullptr ? nullptr : rows_of<const uint8_t>(p.mask, queries)),
         stride_row_(p.mask.stride_row),
         stride_col_(p.mask.stride_col),
-        ranges_(p.key_ranges.data == nullptr ? nullptr : row_of<const int32_t>(p.key_ranges, b, h, q_begin)),
+        ranges_(p.key_ranges.data == nullptr ? nullptr : rows_of<const int32_t>(p.key_ranges, queries)),
         stride_ranges_(p.key_ranges.stride_row),
         num_ranges_(p.num_ranges),
-        nq_(nq),
+        nq_(queries.count),
         seqlen_k_(seqlen_k) {}
 
   // Whether the call has a dense mask or ranges. With neither, no other function but narrow() must be called.

@@ -1,7 +1,7 @@
 // Transposition between tensors, where the elements of a query are neighbours, and the scratch, where neighbouring
 // queries are neighbours, so that a vector holds one element of several queries.
 #pragma once
-#include "parts.h"
+#include "float_parts.h"
 #include "tiles.h"
 
 namespace fused_attn::cpu {

@@ -47,7 +47,8 @@ enum class Items { kShared, kInOrder };
 // the same way. With one queue for all threads, 512 heads of 8 x 8 scores took 1.2 times (forward) and 1.5 times
 // (backward) as long.
 template <class Body>
-void parallel_for(int threads, int64_t items, const Body& body, Items order = Items::kShared) {
+void parallel_for([[maybe_unused]] int threads, int64_t items, const Body& body,
+                  [[maybe_unused]] Items order = Items::kShared) {
 #if defined(_OPENMP)
   if (threads > 1) {
     const Buffer memory(threads * static_cast<int64_t>(sizeof(ItemRange)));
@@ -70,7 +71,6 @@ void parallel_for(int threads, int64_t items, const Body& body, Items order = It
     return;
   }
 #endif
-  (void)threads;
   for (int64_t item = 0; item < items; ++item) body(item, 0);
 }
 

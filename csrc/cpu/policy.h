@@ -30,12 +30,14 @@ struct AmxPolicy : ElementPolicy<BFloat16, float, 2> {
   static constexpr bool kUsesAmx = true;
 };
 
-// bfloat16 for decode.h. Lanes hold one element, which vectors multiply, and AMX multiplies groups with many rows.
+// bfloat16 for decode_forward.h. Lanes hold one element, which vectors multiply, and AMX multiplies groups with many
+// rows.
 struct AmxDecodePolicy : ElementPolicy<BFloat16, float, 1> {
   static constexpr bool kUsesAmx = true;
 };
 
-// Floats that AMX multiplies, as sums of bfloat16 parts (parts.h). A part of a matrix lies behind the one before it.
+// Floats that AMX multiplies, as sums of bfloat16 parts (float_parts.h). A part of a matrix lies behind the one before
+// it.
 constexpr int kFloatParts = 3;
 struct AmxFloatPolicy : ElementPolicy<float, float, 1> {
   static constexpr bool kUsesAmx = true;

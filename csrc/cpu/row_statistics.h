@@ -1,7 +1,7 @@
 // The row statistics, which backward computes for every query before it loops over keys: lse with its correction, dlse,
 // and delta = rowsum(dout * out).
 #pragma once
-#include "backward_plan.h"
+#include "backward_scratch.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -10,20 +10,23 @@ namespace {
 // backward_tile sums value . dout^T. If a query sees only one key and there is no dropout, both are the same number,
 // and their difference must be exactly zero.
 template <class Policy>
-void compute_delta(const TensorView& out, int64_t b, int64_t h, int64_t row, int nq, int value_dim,
+void compute_delta(const AttentionParams& p, const Sequence& seq, const QueryBlock& queries,
                    const BackwardScratch<Policy>& s, typename Policy::Lane* delta) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
+  const int nq = queries.count;
+  const int value_dim = static_cast<int>(p.value_dim);
   const int64_t stride = round_up(nq, n);
+  const Storage* out = rows_of<const Storage>(p.out, seq, queries);
   if constexpr (Policy::kUsesAmx) {
     const char* rows[kBlockQ];
-    for (int q = 0; q < nq; ++q) rows[q] = reinterpret_cast<const char*>(row_of<const Storage>(out, b, h, row + q));
+    for (int q = 0; q < nq; ++q) rows[q] = reinterpret_cast<const char*>(out + q * p.out.stride_row);
     multiply_rows_by_columns<Policy>(rows, nq, value_dim, s.dout, stride, s.value.copies, s.dprobs);
     for (int64_t q = 0; q < stride; ++q) delta[q] = s.dprobs[q * stride + q];
     return;
   }
-  pack_columns<Policy>(row_of<const Storage>(out, b, h, row), out.stride_row, nq, value_dim, s.out);
+  pack_columns<Policy>(out, p.out.stride_row, nq, value_dim, s.out);
   const int depth = Policy::lanes_for(value_dim);
   for (int q = 0; q < nq; q += n) {
     Vec<Lane> total = {};
@@ -43,8 +46,8 @@ void compute_delta(const TensorView& out, int64_t b, int64_t h, int64_t row, int
 // block in s.dout. Returns whether some lse is so large that its rounding would make probs inexact, so that correct_lse
 // has to follow.
 template <class Policy>
-FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h,
-                                     int64_t q_begin, int nq, const BackwardScratch<Policy>& s,
+FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& seq, const QueryBlock& queries,
+                                     const BackwardScratch<Policy>& s,
                                      const RowStatistics<typename Policy::Lane>& rows) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
@@ -53,11 +56,11 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   // error of the same size. If the tensors have 16 bits, such an accuracy is not needed.
   const Lane exact_lse = kSame<Storage, Lane> ? Lane(16) : Lane(1024);
   const Lane infinity = FloatTraits<Lane>::kInfinity;
-  const int64_t row = seq.q_offset + q_begin;
-  const Lane* lse_rows = row_of<const Lane>(p.lse, b, h, row);
-  const Lane* dlse_rows = p.dlse.data != nullptr ? row_of<const Lane>(p.dlse, b, h, row) : nullptr;
+  const int nq = queries.count;
+  const Lane* lse_rows = rows_of<const Lane>(p.lse, seq, queries);
+  const Lane* dlse_rows = p.dlse.data != nullptr ? rows_of<const Lane>(p.dlse, seq, queries) : nullptr;
 
-  compute_delta<Policy>(p.out, b, h, row, nq, static_cast<int>(p.value_dim), s, rows.delta);
+  compute_delta<Policy>(p, seq, queries, s, rows.delta);
   const int64_t stride = round_up(nq, n);
   bool inexact = false;
   for (int q = 0; q < stride; ++q) {
@@ -122,22 +125,23 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
 template <class Policy>
 FA_NOINLINE bool correct_lse(const AttentionParams& p, const Sequence& seq,
                              const RelativeBias<typename Policy::Lane>& relative, const ValidKeys* valid_keys,
-                             int64_t b, int64_t h, int64_t q_begin, int nq, const BackwardScratch<Policy>& s,
+                             const QueryBlock& queries, const BackwardScratch<Policy>& s,
                              const RowStatistics<typename Policy::Lane>& rows) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
+  const int nq = queries.count;
   const int vectors = (nq + n - 1) / n;
   ProbSum<Lane> sums[kBlockVectors<Lane>];
 
-  pack_columns<Policy>(row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin), p.query.stride_row, nq,
+  pack_columns<Policy>(rows_of<const Storage>(p.query, seq, queries), p.query.stride_row, nq,
                        static_cast<int>(p.head_dim), s.query);
-  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin, nq);
+  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, queries);
   in.query = s.query;
   KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
+  KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k);
   while (stream.next(keys)) {
-    prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
+    prepare_keys<Policy>(p, seq, queries, s.key, in);
     for (int k = 0; k < keys.count; k += kTileKeys) {
       bool partial;
       const VectorRange range = tile_range<Lane>(keys, k, stream.valid_queries(), vectors, partial);
@@ -153,7 +157,7 @@ FA_NOINLINE bool correct_lse(const AttentionParams& p, const Sequence& seq,
   bool is_number = true;
   for (int q = 0; q < nq; ++q) {
     const Lane keys_largest = sums[q / n].largest[q % n];
-    const Lane sink = (sink_of<Lane>(p, h) - rows.lse[q]) * Lane(kLog2E);
+    const Lane sink = (sink_of<Lane>(p, queries.h) - rows.lse[q]) * Lane(kLog2E);
     const Lane largest = sink > keys_largest ? sink : keys_largest;
     const Lane ln2 = 1 / Lane(kLog2E);
     const Lane sum =
@@ -164,14 +168,14 @@ FA_NOINLINE bool correct_lse(const AttentionParams& p, const Sequence& seq,
   return is_number;
 }
 
-// Computes the statistics `rows` of the queries [q_begin, q_begin + nq) of head (b, h). Leaves the transposed dout of
-// these queries in s.dout. Returns false if floats are multiplied in parts, and dout has none (parts.h), or a result is
-// NaN.
+// Computes the statistics `rows` of a block of queries. Leaves the transposed dout of these queries in s.dout. Returns
+// false if floats are multiplied in parts, and dout has none (float_parts.h), or a result is NaN.
 template <class Policy>
 bool measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeBias<typename Policy::Lane>& relative,
-                  const ValidKeys* valid_keys, int64_t b, int64_t h, int64_t q_begin, int nq,
-                  const BackwardScratch<Policy>& s, const RowStatistics<typename Policy::Lane>& rows) {
-  const auto* const dout = row_of<const typename Policy::Storage>(p.dout, b, h, seq.q_offset + q_begin);
+                  const ValidKeys* valid_keys, const QueryBlock& queries, const BackwardScratch<Policy>& s,
+                  const RowStatistics<typename Policy::Lane>& rows) {
+  const auto* const dout = rows_of<const typename Policy::Storage>(p.dout, seq, queries);
+  const int nq = queries.count;
   const int value_dim = static_cast<int>(p.value_dim);
 #if defined(__AMX_BF16__)
   if constexpr (Policy::kParts > 1) {
@@ -179,10 +183,10 @@ bool measure_rows(const AttentionParams& p, const Sequence& seq, const RelativeB
   }
 #endif
   pack_columns<Policy>(dout, p.dout.stride_row, nq, value_dim, s.dout);
-  const bool inexact = load_row_statistics<Policy>(p, seq, b, h, q_begin, nq, s, rows);
+  const bool inexact = load_row_statistics<Policy>(p, seq, queries, s, rows);
   // The sum over the keys of a part says nothing about the rounding of lse, which is that of all keys.
   bool is_number = true;
-  if (inexact && !p.is_part) is_number = correct_lse<Policy>(p, seq, relative, valid_keys, b, h, q_begin, nq, s, rows);
+  if (inexact && !p.is_part) is_number = correct_lse<Policy>(p, seq, relative, valid_keys, queries, s, rows);
   for (int q = 0; q < nq; ++q) is_number &= rows.delta[q] == rows.delta[q];
   return Policy::kParts <= 1 || is_number;
 }

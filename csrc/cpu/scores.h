@@ -5,9 +5,9 @@
 
 #include "amx_products.h"
 #include "dropout.h"
-#include "elementary.h"
 #include "key_rows.h"
 #include "relative_bias.h"
+#include "vec_math.h"
 
 namespace fused_attn::cpu {
 namespace {
@@ -170,11 +170,12 @@ FA_INLINE void transpose_pairs(const BFloat16* rows, int64_t stride_row, const P
 //   stride_col is 1, contiguous keys   the function loads whole vectors of keys, and transposes them
 //   otherwise                          the function loads one number at a time; not with kAdds
 template <class Lane, class Storage, bool kAdds>
-FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq,
-                                const KeyBlock& keys, Lane scale, Lane* tile) {
+FA_NOINLINE void load_bias_tile(const TensorView& view, const QueryBlock& queries, const KeyBlock& keys, Lane scale,
+                                Lane* tile) {
   constexpr int n = kLanes<Lane>;
+  const int nq = queries.count;
   const int64_t stride = round_up(nq, n);
-  const Storage* base = row_of<const Storage>(view, b, h, q_begin);
+  const Storage* base = rows_of<const Storage>(view, queries);
   const auto put = [&](int k, int64_t q, Vec<Lane> bias) {
     Lane* const target = tile + k * stride + q;
     store<Lane>(target, kAdds ? load<Lane>(target) * scale + bias : bias);
@@ -225,14 +226,14 @@ FA_NOINLINE void load_bias_tile(const TensorView& view, int64_t b, int64_t h, in
 // Multiplies the products of a block of keys and queries by the scale, and adds the dense bias. A bias that cannot be
 // loaded as vectors goes through `tile`: to add one number at a time takes longer.
 template <class Lane, class Storage>
-void add_bias_to_products(const TensorView& view, int64_t b, int64_t h, int64_t q_begin, int nq, const KeyBlock& keys,
-                          Lane scale, Lane* tile, Lane* products) {
+void add_bias_to_products(const TensorView& view, const QueryBlock& queries, const KeyBlock& keys, Lane scale,
+                          Lane* tile, Lane* products) {
   if (view.stride_row == 0 || (view.stride_col == 1 && keys.contiguous)) {
-    load_bias_tile<Lane, Storage, true>(view, b, h, q_begin, nq, keys, scale, products);
+    load_bias_tile<Lane, Storage, true>(view, queries, keys, scale, products);
     return;
   }
-  load_bias_tile<Lane, Storage, false>(view, b, h, q_begin, nq, keys, scale, tile);
-  const int64_t count = keys.count * round_up(nq, kLanes<Lane>);
+  load_bias_tile<Lane, Storage, false>(view, queries, keys, scale, tile);
+  const int64_t count = keys.count * round_up(queries.count, kLanes<Lane>);
   for (int64_t i = 0; i < count; i += kLanes<Lane>) {
     store<Lane>(products + i, load<Lane>(products + i) * scale + load<Lane>(tile + i));
   }
@@ -246,19 +247,20 @@ FA_INLINE void prefetch_bytes(const void* address, size_t offset) {
   asm volatile("");
 }
 
-// Prefetches the elements of nq queries and of the keys [key_begin, key_end) in `view`, a tensor with an element of
-// `element_bytes` for each score: part number `part` of `parts`. Only rows that lie in a page of memory each need this:
-// the processor's own prefetchers follow about 32 pages, and a block has 64 queries. Forward with a dense bias, 8192
-// queries and keys takes 0.77 of the time in bfloat16 (AMX), and 0.87 in float32 (AVX-512). With 1024 queries and keys
-// and a bias in bfloat16, whose rows share pages, it would take 1.07 of the time.
-FA_INLINE void prefetch_scores(const TensorView& view, int64_t element_bytes, int64_t b, int64_t h, int64_t q_begin,
-                               int nq, int64_t key_begin, int64_t key_end, int part, int parts) {
+// Prefetches the elements of a block of queries and of the keys [key_begin, key_end) in `view`, a tensor with an
+// element of `element_bytes` for each score: part number `part` of `parts`. Only rows that lie in a page of memory each
+// need this: the processor's own prefetchers follow about 32 pages, and a block has 64 queries. Forward with a dense
+// bias, 8192 queries and keys takes 0.77 of the time in bfloat16 (AMX), and 0.87 in float32 (AVX-512). With 1024
+// queries and keys and a bias in bfloat16, whose rows share pages, it would take 1.07 of the time.
+FA_INLINE void prefetch_scores(const TensorView& view, int64_t element_bytes, const QueryBlock& queries,
+                               int64_t key_begin, int64_t key_end, int part, int parts) {
   constexpr int64_t kPage = 4096;
   if (view.data == nullptr || view.stride_col != 1 || view.stride_row * element_bytes < kPage) return;
   const int64_t bytes = (key_end - key_begin) * element_bytes;
-  const int64_t end = nq * (part + 1) / parts;
-  for (int64_t q = nq * part / parts; q < end; ++q) {
-    const int64_t offset = b * view.stride_batch + h * view.stride_head + (q_begin + q) * view.stride_row + key_begin;
+  const int64_t end = queries.count * (part + 1) / parts;
+  for (int64_t q = queries.count * part / parts; q < end; ++q) {
+    const int64_t offset = queries.b * view.stride_batch + queries.h * view.stride_head +
+                           (queries.begin + q) * view.stride_row + key_begin;
     for (int64_t byte = 0; byte < bytes; byte += kCacheLine) prefetch_bytes(view.data, offset * element_bytes + byte);
   }
 }
@@ -275,9 +277,8 @@ template <class Policy>
 class MaskPrefetcher {
  public:
   // `keys` is the current block. It may be the last one of the keys up to `key_end`.
-  MaskPrefetcher(const AttentionParams& p, int64_t b, int64_t h, int64_t q_begin, int nq, const KeyBlock& keys,
-                 int64_t key_end)
-      : p_(p), b_(b), h_(h), q_begin_(q_begin), nq_(nq), key_begin_(keys.index[keys.count - 1] + 1) {
+  MaskPrefetcher(const AttentionParams& p, const QueryBlock& queries, const KeyBlock& keys, int64_t key_end)
+      : p_(p), queries_(queries), key_begin_(keys.index[keys.count - 1] + 1) {
     key_end_ = key_end - key_begin_ < kBlockK ? key_end : key_begin_ + kBlockK;
     is_needed_ = key_begin_ < key_end_ && (p.mask.data != nullptr || p.bias.data != nullptr || p.dbias.data != nullptr);
   }
@@ -286,7 +287,7 @@ class MaskPrefetcher {
   void prefetch(int part, int parts) const {
     if (!is_needed_) return;
     const auto one = [&](const TensorView& view, int64_t element_bytes) {
-      prefetch_scores(view, element_bytes, b_, h_, q_begin_, nq_, key_begin_, key_end_, part, parts);
+      prefetch_scores(view, element_bytes, queries_, key_begin_, key_end_, part, parts);
     };
     one(p_.mask, 1);
     one(p_.bias, bias_element_bytes<Policy>(p_, p_.bias_dtype));
@@ -295,8 +296,7 @@ class MaskPrefetcher {
 
  private:
   const AttentionParams& p_;
-  int64_t b_, h_, q_begin_;
-  int nq_;
+  QueryBlock queries_;
   int64_t key_begin_, key_end_;
   bool is_needed_;
 };
@@ -348,15 +348,15 @@ struct KeyScratch {
 // The ScoreInputs of one block of queries, but for the query and for what prepare_keys sets.
 template <class Policy>
 ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<typename Policy::Lane>& relative,
-                                 int64_t h, int64_t q_begin, int nq) {
+                                 const QueryBlock& queries) {
   using Lane = typename Policy::Lane;
   ScoreInputs<Policy> in;
-  in.stride = round_up(nq, kLanes<Lane>);
+  in.stride = round_up(queries.count, kLanes<Lane>);
   in.depth = Policy::lanes_for(static_cast<int>(p.head_dim));
   in.scale = static_cast<Lane>(p.scale);
   in.softcap = static_cast<Lane>(p.softcap);
   if (relative.data != nullptr) {
-    in.relative_bias = relative.data + h * relative.stride_head + q_begin + p.seqlen_k - 1;
+    in.relative_bias = relative.data + queries.h * relative.stride_head + queries.begin + p.seqlen_k - 1;
   }
   // A tiny scale is zero or denormal as a lane, and would turn a hidden score into -inf * 0, which is NaN.
   in.raw = p.scale > 1e-30 && !(p.softcap > 0) && p.bias.data == nullptr && p.key_bias.data == nullptr &&
@@ -369,14 +369,14 @@ ScoreInputs<Policy> score_inputs(const AttentionParams& p, const RelativeBias<ty
 // Prepares the current block of keys for compute_scores: puts its rows, its bias and its dropout bits into the scratch,
 // and sets the pointers in `in`. With AMX, multiplies the keys by in.query.
 template <class Policy>
-FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
-                            int nq, const KeyScratch<Policy>& scratch, ScoreInputs<Policy>& in) {
+FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, const QueryBlock& queries,
+                            const KeyScratch<Policy>& scratch, ScoreInputs<Policy>& in) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const KeyBlock& keys = *scratch.keys;
-  const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
+  const int64_t kv_head = kv_head_of(p, queries.h);
   const int head_dim = static_cast<int>(p.head_dim);
-  scratch.rows.find(row_source<Storage>(p, p.key, seq, b, kv_head), keys, head_dim);
+  scratch.rows.find(row_source<Storage>(p, p.key, seq, queries.b, kv_head), keys, head_dim);
   in.keys = &keys;
   if constexpr (Policy::kUsesAmx) {
     multiply_keys_by_columns<Policy>(scratch.rows, keys.count, head_dim, in.query, in.stride, scratch.products);
@@ -390,11 +390,11 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
       const Lane scale = static_cast<Lane>(p.scale);
       if constexpr (Policy::kUsesAmx) {
         if (in.adds_bias) {
-          add_bias_to_products<Lane, Element>(p.bias, b, h, q_begin, nq, keys, scale, scratch.bias, scratch.products);
+          add_bias_to_products<Lane, Element>(p.bias, queries, keys, scale, scratch.bias, scratch.products);
           return;
         }
       }
-      load_bias_tile<Lane, Element, false>(p.bias, b, h, q_begin, nq, keys, scale, scratch.bias);
+      load_bias_tile<Lane, Element, false>(p.bias, queries, keys, scale, scratch.bias);
       in.bias = scratch.bias;
     };
     if (p.bias_dtype == p.dtype) {
@@ -403,8 +403,8 @@ FA_INLINE void prepare_keys(const AttentionParams& p, const Sequence& seq, int64
       load_bias(static_cast<Lane*>(nullptr));
     }
   }
-  if (p.key_bias.data != nullptr) in.key_bias = row_of<const Lane>(p.key_bias, b, 0, 0);
-  if (p.has_dropout) make_dropout_keep(p, b, h, q_begin, nq, keys, scratch.dropout_keep);
+  if (p.key_bias.data != nullptr) in.key_bias = row_of<const Lane>(p.key_bias, queries.b, 0, 0);
+  if (p.has_dropout) make_dropout_keep(p, queries, keys, scratch.dropout_keep);
 }
 
 }  // namespace

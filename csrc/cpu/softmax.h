@@ -1,8 +1,8 @@
 // The online softmax of a block of queries: its state after some of the keys.
 #pragma once
-#include "elementary.h"
-#include "parts.h"
+#include "float_parts.h"
 #include "tiles.h"
+#include "vec_math.h"
 
 namespace fused_attn::cpu {
 namespace {

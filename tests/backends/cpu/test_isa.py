@@ -32,7 +32,7 @@ SUBSET = [
 ]
 
 
-# As few queries as decode.h computes, up to its limit, and so many keys that it divides them into splits.
+# As few queries as decode_forward.h computes, up to its limit, and so many keys that it divides them into splits.
 EVERYTHING = {
     "attn_mask": cases.float_mask("BHLS"),
     "key_padding_mask": cases.scattered_padding,

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[3]
 # Kernels of bfloat16 prefetch nothing but what masks need. Those of float32 also prefetch keys and values in forward.
 SOURCE = """
 #include "cpu/backward.h"
-#include "cpu/query_blocks.h"
+#include "cpu/forward_blocks.h"
 
 namespace fused_attn::cpu {
-void forward(const AttentionParams& p) { forward_by_query_blocks<ElementPolicy<float, float, 1>>(p); }
-void masked_forward(const AttentionParams& p) { forward_by_query_blocks<ElementPolicy<BFloat16, float, 1>>(p); }
+void forward(const AttentionParams& p) { forward_blocks<ElementPolicy<float, float, 1>>(p); }
+void masked_forward(const AttentionParams& p) { forward_blocks<ElementPolicy<BFloat16, float, 1>>(p); }
 void masked_backward(const AttentionParams& p) { backward_with_policy<ElementPolicy<BFloat16, float, 1>>(p); }
 }  // namespace fused_attn::cpu
 """

@@ -168,16 +168,16 @@ FA_NOINLINE void forward_tile(const ScoreInputs<Policy>& in, int k, int v, bool 
 // Writes the output of a block of queries: acc, divided by the sums of the softmax and transposed. Writes lse and
 // row_max of these queries if the caller wants them.
 template <class Policy>
-FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int64_t b, int64_t h, int64_t q_begin,
-                              int nq, const typename Policy::Lane* acc, typename Policy::Lane to_logits,
+FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, const QueryBlock& queries,
+                              const typename Policy::Lane* acc, typename Policy::Lane to_logits,
                               const RunningSoftmax<Policy>& softmax) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   constexpr int n = kLanes<Lane>;
-  const int64_t row = seq.q_offset + q_begin;
+  const int nq = queries.count;
   const int64_t stride = round_up(nq, n);
-  Lane* lse = p.lse.data != nullptr ? row_of<Lane>(p.lse, b, h, row) : nullptr;
-  Lane* row_max = p.row_max.data != nullptr ? row_of<Lane>(p.row_max, b, h, row) : nullptr;
+  Lane* lse = p.lse.data != nullptr ? rows_of<Lane>(p.lse, seq, queries) : nullptr;
+  Lane* row_max = p.row_max.data != nullptr ? rows_of<Lane>(p.row_max, seq, queries) : nullptr;
   const Lane dropout_scale = p.has_dropout ? static_cast<Lane>(p.dropout_scale) : Lane(1);
   Vec<Lane> factors[kBlockVectors<Lane>];
 
@@ -189,7 +189,7 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
     Vec<Lane> factor = broadcast<Lane>(dropout_scale);
     if (p.sinks.data != nullptr) {
       // The sink is added to the denominator only, so it can be added after the loop over the keys.
-      const Vec<Lane> sink = broadcast<Lane>(*row_of<const Lane>(p.sinks, 0, h, 0));
+      const Vec<Lane> sink = broadcast<Lane>(sink_of<Lane>(p, queries.h));
       const Vec<Lane> keys_reference = reference;
       reference = max<Lane>(sink, keys_reference);
       const Vec<Lane> shift = exp2<Lane>((keys_reference - reference) * Lane(kLog2E));
@@ -211,8 +211,8 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, int
     const Vec<Lane> x = load<Lane>(acc + d * stride + q) * factors[q / n];
     return select<Lane>(softmax.sum.row[q / n] == 0, Vec<Lane>{}, x);
   };
-  unpack_columns<Policy>(column, nq, static_cast<int>(p.value_dim), /*add=*/false, row_of<Storage>(p.out, b, h, row),
-                         p.out.stride_row);
+  unpack_columns<Policy>(column, nq, static_cast<int>(p.value_dim), /*add=*/false,
+                         rows_of<Storage>(p.out, seq, queries), p.out.stride_row);
 }
 
 // Processes one work item: attention of the queries [q_begin, q_begin + kBlockQ) of head (b, h) over all keys. Returns
@@ -227,13 +227,14 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   const Sequence seq = sequence_of(p, b);
   if (q_begin >= seq.seqlen_q) return true;
   if (Policy::kParts > 1 && !multiplies_parts<Policy>(p, seq)) return false;
-  const Storage* const query = row_of<const Storage>(p.query, b, h, seq.q_offset + q_begin);
+  const QueryBlock queries = query_block_of(seq, b, h, q_begin);
+  const int nq = queries.count;
+  const Storage* const query = rows_of<const Storage>(p.query, seq, queries);
   [[maybe_unused]] const MatrixRegisters<Policy> registers;
-  const int nq = seq.seqlen_q - q_begin < kBlockQ ? static_cast<int>(seq.seqlen_q - q_begin) : kBlockQ;
   const int vectors = (nq + kLanes<Lane> - 1) / kLanes<Lane>;
   const int panels = (vectors + kTileVectors - 1) / kTileVectors;
   const int value_dim = static_cast<int>(p.value_dim);
-  const int64_t kv_head = h / (p.num_heads / p.num_kv_heads);
+  const int64_t kv_head = kv_head_of(p, h);
   const RowSource<Storage> values = row_source<Storage>(p, p.value, seq, b, kv_head);
 
 #if defined(__AMX_BF16__)
@@ -242,7 +243,7 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
   }
 #endif
   pack_columns<Policy>(query, p.query.stride_row, nq, static_cast<int>(p.head_dim), s.query);
-  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, h, q_begin, nq);
+  ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, queries);
   in.query = s.query;
   RunningSoftmax<Policy> softmax(static_cast<Lane>((in.raw ? p.scale : 1.0) * kLog2E), vectors,
                                  p.row_max.data != nullptr);
@@ -273,15 +274,15 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
     add_sum_over_keys<Policy>(s.value, value_dim, coefficients, rescale, count, vectors, s.acc, meanwhile);
   };
   KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, valid_keys, b, h, q_begin, nq, 0, seq.seqlen_k);
+  KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k);
   while (stream.next(keys)) {
-    prepare_keys<Policy>(p, seq, b, h, q_begin, nq, s.key, in);
+    prepare_keys<Policy>(p, seq, queries, s.key, in);
     if (!kDelays) s.value.find(values, keys, value_dim);
 
     const int tiles = (keys.count + kTileKeys - 1) / kTileKeys;
     softmax.begin_block();
     const bool is_plain = in.has_no_other_terms() && !p.has_dropout && !softmax.tracks_max;
-    const MaskPrefetcher<Policy> masks(p, b, h, q_begin, nq, keys, seq.seqlen_k);
+    const MaskPrefetcher<Policy> masks(p, queries, keys, seq.seqlen_k);
     const auto prefetch_for = [&](int t) {
       prefetch(t * kTileKeys, tiles * kTileKeys);
       masks.prefetch(t, tiles);
@@ -355,13 +356,13 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
     if (infinite != 0) return false;
   }
 #endif
-  write_output<Policy>(p, seq, b, h, q_begin, nq, s.acc, in.to_logits(), softmax);
+  write_output<Policy>(p, seq, queries, s.acc, in.to_logits(), softmax);
   return true;
 }
 
 // Forward for many queries: allocates the scratch and processes all work items on threads.
 template <class Policy>
-void forward_by_query_blocks(const AttentionParams& p) {
+void forward_blocks(const AttentionParams& p) {
   using Lane = typename Policy::Lane;
   const int64_t blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
   const int64_t items = p.batch * p.num_heads * blocks;
@@ -373,7 +374,7 @@ void forward_by_query_blocks(const AttentionParams& p) {
   const Buffer valid_keys_memory(valid_keys_bytes(p));
   const Buffer relative_memory(relative_bias_bytes<Lane>(p));
   // A thread visits one kv head with as many query blocks as its head group has, but with no more than its share.
-  const int64_t group_blocks = p.num_heads / p.num_kv_heads * blocks;
+  const int64_t group_blocks = group_size_of(p) * blocks;
   const int64_t share = items / threads;
   const int64_t visits = group_blocks < share ? group_blocks : share;
   const std::unique_ptr<ForwardScratch<Policy>[]> scratch(new ForwardScratch<Policy>[threads]);

@@ -1,4 +1,4 @@
-// The forward kernel for few queries, as in decoding against a cache of keys. The other kernel (query_blocks.h) puts
+// The forward kernel for few queries, as in decoding against a cache of keys. The other kernel (forward_blocks.h) puts
 // one query into each lane, so with few queries most lanes would be empty. Here the lanes of a vector are columns of a
 // row of key or value, so each row is loaded as whole vectors:
 //
@@ -32,7 +32,7 @@ namespace {
 
 // Forward for few queries: processes all work items, then merges the splits of each row.
 template <class Policy>
-void forward_split_keys(const AttentionParams& p) {
+void decode_forward(const AttentionParams& p) {
   using Lane = typename Policy::Lane;
   if (p.batch * p.num_heads * p.seqlen_q == 0) return;
   const DecodePlan plan = plan_decode<Policy>(p);
