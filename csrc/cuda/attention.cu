@@ -272,9 +272,8 @@ int64_t mask_entries(const AttentionParams& a) {
 // They need none if all tiles take equally long, or if each block has one tile at most. The counter has to be reset,
 // and without other work for the preparation kernel this takes a launch.
 bool shares_tiles(const AttentionParams& a, int64_t large_splits) {
-  const bool has_equal_tiles = a.band_left == kUnbounded && a.band_right == kUnbounded &&
-                               a.cu_seqlens_q == nullptr && a.key_padding.data == nullptr && a.key_lengths == nullptr &&
-                               mask_entries(a) == 0;
+  const bool has_equal_tiles = a.band_left == kUnbounded && a.band_right == kUnbounded && a.cu_seqlens_q == nullptr &&
+                               a.key_padding.data == nullptr && a.key_lengths == nullptr && mask_entries(a) == 0;
   return !has_equal_tiles &&
          ceil_div(a.seqlen_q, kLeastForwardRowsSm90) * a.num_heads * a.batch * large_splits > num_multiprocessors();
 }
