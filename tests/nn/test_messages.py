@@ -115,7 +115,11 @@ def test_inputs_that_the_projections_do_not_take(options) -> None:
                     (X.bfloat16(), memory, memory),
                     r"the dtype of the module, torch\.float32.*, got torch\.bfloat16",
                 ),
-                ("query", (X.int(), memory, memory), r".*torch\.float32, as embeddings or features have, got torch\.int32"),
+                (
+                    "query",
+                    (X.int(), memory, memory),
+                    r".*torch\.float32, as embeddings or features have, got torch\.int32",
+                ),
                 ("key", (X, memory.half(), memory), r"the dtype of the module, torch\.float32.*, got torch\.float16"),
                 ("value", (X, memory, memory.double()), r"the dtype of the module.*, got torch\.float64"),
                 ("query", (X.to("meta"), memory, memory), r"the device of the module, cpu, got meta"),

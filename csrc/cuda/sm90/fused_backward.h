@@ -134,9 +134,9 @@ struct FusedBackwardRings {
   uint32_t cleaning;  // a barrier for each loading warp, see TileLoader::cleaning
 
   GPU_DEVICE explicit FusedBackwardRings(uint32_t shared) {
-    constexpr uint32_t kOwn = 16 + 24 * Plan::kConsumers + 16;
-    dscores =
-        lay_out_rings<Plan::kBytesWithoutBias - Plan::kBarriers, kOwn>(shared + Plan::kBarriers, work, k, v, q, dout);
+    constexpr uint32_t kOtherBytes = 16 + 24 * Plan::kConsumers + 16;
+    dscores = lay_out_rings<Plan::kBytesWithoutBias - Plan::kBarriers, kOtherBytes>(shared + Plan::kBarriers, work, k,
+                                                                                    v, q, dout);
     dq_full = dscores + 16;
     dq_empty = dq_full + 16 * Plan::kConsumers;
     cleaning = dq_empty + 8 * Plan::kConsumers;
