@@ -43,7 +43,8 @@ def why_missing(module: str, needs: str, error: ImportError, remedy: str = WITH_
 
 def build_settings() -> dict[str, str]:
     """The settings of the existing build that are not the default, by name; none if there is no compiled module."""
-    return {} if _C is None else dict(setting.split("=") for setting in _C.build_info()["settings"].split())
+    built = _C or _stale
+    return {} if built is None else dict(setting.split("=") for setting in built.build_info()["settings"].split())
 
 
 def install_command(**needed: str) -> str:
@@ -108,10 +109,13 @@ def _interface() -> str | None:
     csrc/CMakeLists.txt computes the same hash for the build.
     """
     csrc = PACKAGE.parent / "csrc"
-    sources = [*csrc.glob("python/*.cpp"), *csrc.glob("python/*.h"), *csrc.glob("cuda/bindings.cpp")]
-    if not sources:
+    if not (csrc / "python" / "inputs.h").exists():
         return None
-    hashes = sorted(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
+    sources = [*csrc.glob("python/*.cpp"), *csrc.glob("python/*.h"), *csrc.glob("cuda/bindings.cpp")]
+    try:
+        hashes = sorted(hashlib.sha256(x.read_bytes()).hexdigest() for x in sources if not x.name.startswith("."))
+    except OSError:  # an editor or git is writing one of them
+        return None
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
@@ -119,7 +123,8 @@ def _why_stale(build_info: dict[str, Any]) -> str:
     """Why the compiled modules do not fit the sources beside them, with advice; an empty text if they fit.
 
     An editable install takes new Python files at once, as after ``git pull``, but keeps the modules until the next
-    install. Their functions may then take other arguments than Python passes.
+    install. Their functions may then take other arguments than Python passes. Any change of these few sources counts,
+    also that of a comment.
     """
     if _interface() in (None, build_info.get("interface")):
         return ""
@@ -128,6 +133,9 @@ def _why_stale(build_info: dict[str, Any]) -> str:
         f"{install_command()} builds them again"
     )
 
+
+#: The compiled module that does not fit the sources. Its settings are those with which to build again.
+_stale: Any = None
 
 try:
     import fused_attn._C as _C
@@ -140,5 +148,5 @@ except ImportError as error:
 else:
     why_no_C = why_stale = _why_stale(_C.build_info())
     if why_stale:
-        _C = None
+        _stale, _C = _C, None
         warnings.warn(f"fused_attn runs without its native kernels: {why_stale}", stacklevel=2)

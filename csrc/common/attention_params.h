@@ -121,6 +121,7 @@ struct AttentionParams : AttentionOptions {
   uint64_t dropout_seed = 0;                   // for kernels on a CPU
   const int64_t* dropout_seed_data = nullptr;  // the address of the seed, for kernels on a GPU; null = no dropout
 
+  // Offsets on a CPU ascend within the rows of their tensor. Kernels on a GPU must clip them to these rows.
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1), or null when not packed
   const int32_t* cu_seqlens_k = nullptr;  // (batch + 1), or null when keys are not packed
   // (batch), or null: where the queries of each sequence end, in place of cu_seqlens_q. Kernels on a CPU get it if each

@@ -1,6 +1,10 @@
 // One work item of the kernel for few queries (decode_forward.h): the softmax of its rows over the keys of its split,
 // and the sums of the values.
 #pragma once
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
 #include "amx_products.h"
 #include "decode_block.h"
 #include "decode_merge.h"

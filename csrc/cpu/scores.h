@@ -49,9 +49,10 @@ struct ScoreInputs {
 // accumulators, also in calls without softcap.
 template <class Lane>
 FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivative) {
-  // The factor must be finite, so that a score of 0 stays 0.
-  constexpr Lane kLeast = FloatTraits<Lane>::kLeastNormal;
-  const Lane inverse = Lane(1) / (cap > kLeast ? cap : kLeast);
+  // The factor must be finite, so that a score of 0 stays 0, and normal, because denormal numbers count as 0.
+  constexpr Lane kLeast = FloatTraits<Lane>::kLeastNormal, kMost = Lane(1) / kLeast;
+  cap = cap < kLeast ? kLeast : cap > kMost ? kMost : cap;
+  const Lane inverse = Lane(1) / cap;
   for (int i = 0; i < count; i += kLanes<Lane>) {
     const Vec<Lane> t = tanh<Lane>(load<Lane>(scores + i) * inverse);
     store<Lane>(scores + i, t * cap);

@@ -193,9 +193,9 @@ PyMethodDef kMethods[] = {
 
 const char kModuleDoc[] = R"(The CUDA kernels of fused_attn.
 
-Private: fused_attn.backends.cuda uses it. Arguments are those of fused_attn._C, on one CUDA device, of float16 or bfloat16
-and with rows that start at multiples of 16 bytes; kernels run on torch's current stream of that device. Contents are not
-looked at: cu_seqlens must fit.
+Private: fused_attn.backends.cuda uses it. Arguments are those of fused_attn._C, on one CUDA device, of float16 or
+bfloat16 and with rows that start at multiples of 16 bytes. Kernels run on torch's current stream of that device.
+Contents are not looked at. With wrong cu_seqlens, results are undefined, but the kernels stay within the tensors.
 
 decode_splits, large_splits    into how many parts each kind of forward kernel divides the keys; 0 = it does not run
 dq_splits, dk_splits           how many programs share a block of rows of dq, and of dk and dv, in backward

@@ -41,8 +41,8 @@ struct LogitGradients {
   GPU_DEVICE void scale(int t, int j, float factor) const { x[t][j] *= factor; }
 };
 
-// tanh(x), exact to about 3e-7: ex2.approx and rcp.approx have errors of about 1e-7 each. The instruction tanh.approx is
-// less exact.
+// tanh(x), exact to about 3e-7: ex2.approx and rcp.approx have errors of about 1e-7 each. The instruction tanh.approx
+// is less exact.
 GPU_DEVICE float tanh_of(float x) {
   constexpr float kTwoLog2E = 2.0f * kLog2E;
   return multiply_add(-2.0f, reciprocal_approx(1.0f + exp2_approx(kTwoLog2E * x)), 1.0f);

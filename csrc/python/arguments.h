@@ -1,4 +1,5 @@
-// An argument of a call from Python: a tensor with its metadata and the checks of dtype, shape and strides, or a number.
+// An argument of a call from Python: a tensor with its metadata and the checks of dtype, shape and strides, or a
+// number.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -170,8 +171,8 @@ inline bool read_bool(PyObject* object) {
 struct Reader {
   ExchangeDevice device;
   int32_t device_index = -1;  // -1: any
-  // Whether elements of a tensor may be read. On a GPU, the host would have to wait for the kernels that write them. The
-  // emulation of a GPU does not read them either.
+  // Whether elements of a tensor may be read. On a GPU, the host would have to wait for the kernels that write them.
+  // The emulation of a GPU does not read them either.
   bool may_look_inside = false;
 
   // Reads an argument that must be a tensor, or one that may be None as well.

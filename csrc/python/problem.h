@@ -34,8 +34,8 @@ inline void set_options(AttentionParams& params, PyObject* object) {
   options = *static_cast<const AttentionOptions*>(PyCapsule_GetPointer(object, kConfigName));
 }
 
-// Checks the offsets of packed sequences and returns them. A wrong offset would make the kernel read and write outside
-// of a tensor. On a GPU the offsets are not read, so there only dtype and shape are checked.
+// Checks the offsets of packed sequences and returns them. A wrong offset would make a kernel on a CPU read and write
+// outside of a tensor. On a GPU the offsets are not read here, and the kernels clip them.
 inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& cu_seqlens, int64_t batch, int64_t total,
                                          int64_t max_seqlen) {
   cu_seqlens.check_type(ElementType::kInt32);

@@ -899,8 +899,8 @@ BUGS = [
     ),
     Bug(
         "queries-of-another-sequence", 90, "paged-packed", "head_slice.h",
-        "head_slice.q_offset = load_global(p.cu_seqlens_q + batch);",
-        "head_slice.q_offset = load_global(p.cu_seqlens_q + batch) + @;",
+        "head_slice.q_offset = offset_in(p.cu_seqlens_q, batch, p.rows_q);",
+        "head_slice.q_offset = offset_in(p.cu_seqlens_q, batch, p.rows_q) + @;",
     ),
     Bug(
         "longest-short-sequence-lost", 90, "paged-packed", "splits.h",
@@ -952,7 +952,8 @@ BUGS = [
     ),
     Bug(
         "lengths-of-the-first-entry", 80, "lengths", "head_slice.h",
-        "head_slice.seqlen_k = clamp_to(", "if (!(@ && batch > 0)) head_slice.seqlen_k = clamp_to(",
+        "head_slice.seqlen_k = clamp_to(load_global(",
+        "if (!(@ && batch > 0)) head_slice.seqlen_k = clamp_to(load_global(",
     ),
     Bug(
         "turns-of-a-mask-without-the-shift", 90, "lengths-masked", "sm90/fused_backward.h",

@@ -137,15 +137,18 @@ GPU_DEVICE bool offsets_ascend(const int32_t* cu_seqlens, int32_t batch, int32_t
 // of a block come one after another. So a block of keys still waits only for entries before its own. All threads of a
 // warp call this.
 //
-// If the offsets of sequences do not ascend, the list has no block of keys. For sequences that overlap would count their
-// turns at the same tiles of dq (DqTurn), and blocks of keys that are not listed would never take theirs. The others
-// would wait for ever.
+// If the offsets of sequences do not ascend, the list has no block of keys. Sequences that overlap would count their
+// turns at the same tiles of dq (DqTurn), and blocks of keys that are not listed would never take theirs. So the other
+// blocks would wait for ever.
 template <int kBlockM>
 GPU_DEVICE void list_key_blocks(const Params& p, int32_t first_batch, int32_t end_batch, int64_t thread,
                                 int64_t threads) {
   const int32_t kv_heads = p.num_heads / p.group_size;
   const int64_t of_entry = int64_t{kv_heads} * p.num_key_blocks * p.dk_splits;
   const int64_t end = p.lists_key_blocks_by_offset ? p.num_listed_key_blocks : end_batch * of_entry;
+  // The preparation kernel has many more threads than the list has entries.
+  const bool warp_has_entry = first_batch * of_entry + thread / 32 * 32 < end;
+  if (!warp_has_entry) return;
   const bool has_blocks = offsets_ascend(p.cu_seqlens_q, p.batch, p.rows_q, this_lane()) &&
                           offsets_ascend(p.cu_seqlens_k, p.batch, p.rows_k, this_lane());
   for (int64_t i = first_batch * of_entry + thread; i < end; i += threads) {

@@ -25,7 +25,8 @@ struct Ring {
 };
 
 // Gives each ring its barriers, one ring after another from `address` on, where the plan has kRoom bytes for barriers.
-// Returns the address behind the last barrier of the rings. The caller's own barriers, of kOtherBytes bytes, follow there.
+// Returns the address behind the last barrier of the rings. The caller's own barriers, of kOtherBytes bytes, follow
+// there.
 template <uint32_t kRoom, uint32_t kOtherBytes, int... kSlots>
 GPU_DEVICE uint32_t lay_out_rings(uint32_t address, Ring<kSlots>&... rings) {
   static_assert((Ring<kSlots>::kBytes + ... + kOtherBytes) <= kRoom);
