@@ -241,7 +241,7 @@ def test_files_with_gpu_tests_are_found(tmp_path: Path, monkeypatch: pytest.Monk
     with (tmp_path / "log.txt").open("w") as log:
         stages.cuda_tests(Suite(arguments, log))
     files = {Path(word).name for word in commands[1] if word.endswith(".py")}
-    assert files == {"test_cuda_gpu.py", "test_fragments.py", "test_use_on_gpu.py"}
+    assert files == {"test_cuda_gpu.py", "test_fragments.py", "test_use_on_gpu.py", "test_wrong_offsets.py"}
 
 
 def test_a_run_goes_on_from_the_rows_of_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
