@@ -258,12 +258,12 @@ def attention_paged(
 # ---- Dropout
 
 
-def philox4x32_10(counter: np.ndarray, seed: int) -> np.ndarray:
+def philox4x32_7(counter: np.ndarray, seed: int) -> np.ndarray:
     """The random words (..., 4) uint32 for counters (..., 4) uint32, after Salmon et al., SC 2011, section 3.2."""
     x = counter.astype(np.uint64)
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     low = np.uint64(0xFFFFFFFF)
-    for _ in range(10):
+    for _ in range(7):
         p0 = x[..., 0] * np.uint64(0xD2511F53)
         p1 = x[..., 2] * np.uint64(0xCD9E8D57)
         x = np.stack(
@@ -289,7 +289,7 @@ def dropout_keep(
     counter[..., 1] = np.arange(rows)[:, None]
     counter[..., 2] = np.arange(heads)[:, None, None]
     counter[..., 3] = (first_sequence + np.arange(batch))[:, None, None, None]
-    words = philox4x32_10(counter, seed)
+    words = philox4x32_7(counter, seed)
     numbers = np.stack([words & 0xFFFF, words >> 16], axis=-1).reshape(batch, heads, rows, 8 * groups)[..., :columns]
     return numbers >= min(round(p * 2**16), 2**16 - 1)
 

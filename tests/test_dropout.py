@@ -42,20 +42,42 @@ def kept(
     ("counter", "seed", "words"),
     [
         # The known answers in the file kat_vectors of Random123, the library of Philox's authors.
-        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((2**32 - 1,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        ((0, 0, 0, 0), 0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        ((2**32 - 1,) * 4, 2**64 - 1, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
         (
             (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
             0x299F31D0_A4093822,
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
         ),
     ],
 )
 def test_philox_known_answers(counter, seed, words) -> None:
-    assert oracle.philox4x32_10(np.array(counter, dtype=np.uint32), seed).tolist() == list(words)
+    assert oracle.philox4x32_7(np.array(counter, dtype=np.uint32), seed).tolist() == list(words)
     signed = seed - 2**64 if seed >= 2**63 else seed
     ours = dropout.philox(tuple(torch.tensor(x) for x in counter), torch.tensor(signed))
     assert [int(word) for word in ours] == list(words)
+
+
+def test_each_bit_of_seed_and_position_changes_each_random_bit() -> None:
+    # With one round less, the bits of some words change with probability 0.33 or 0.67.
+    count = 4096
+    rng = np.random.default_rng(0)
+    ranges = (1024, 8192, 64, 64)  # groups of keys, queries, heads and batch entries as calls have them
+    counter = [torch.from_numpy(rng.integers(0, most, count)) for most in ranges]
+    seed = torch.from_numpy(rng.integers(0, 2**63, count))
+    words = dropout.philox(tuple(counter), seed)
+
+    def changes(counter: list[torch.Tensor], seed: torch.Tensor) -> torch.Tensor:
+        """How often each of the 128 bits changes: (128,) in [0, 1]."""
+        flips = torch.stack([x ^ y for x, y in zip(words, dropout.philox(tuple(counter), seed), strict=True)])
+        return (flips[:, None] >> torch.arange(32)[:, None] & 1).double().mean(-1).flatten()
+
+    of_seed = [changes(counter, seed ^ 1 << bit) for bit in range(63)]
+    of_counter = [
+        changes([*counter[:i], counter[i] ^ 1 << bit, *counter[i + 1 :]], seed) for i in range(4) for bit in range(32)
+    ]
+    # A mean of 4096 fair bits has a standard deviation of 0.0078. The largest of 24000 means was 0.035 away from 0.5.
+    assert (torch.stack(of_seed + of_counter) - 0.5).abs().max() < 6 * 0.5 / count**0.5
 
 
 @pytest.mark.quick

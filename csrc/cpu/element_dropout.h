@@ -31,7 +31,7 @@ void drop_elements(const DropoutParams& p) {
   const Vec<Lane> scale = broadcast<Lane>(static_cast<Lane>(p.scale));
   const int64_t chunks = (p.elements + kDropoutChunk - 1) / kDropoutChunk;
   const int64_t items = (chunks + kChunksOfItem - 1) / kChunksOfItem;
-  constexpr double kFlopsOfElement = 12;  // the instructions of Philox count as flops
+  constexpr double kFlopsOfElement = 8;  // the instructions of Philox count as flops
   const double flops = kFlopsOfElement * static_cast<double>(p.elements);
   parallel_for(choose_threads(p.num_threads, items, flops), items, [&](int64_t item, int) {
     const int64_t end = chunks < (item + 1) * kChunksOfItem ? chunks : (item + 1) * kChunksOfItem;

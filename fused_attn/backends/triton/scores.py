@@ -195,6 +195,7 @@ def dropout_keep(query, first_key, head_slice, masks, settings):
         (zero + query).to(tl.uint32),
         (zero + head).to(tl.uint32),
         (zero + batch).to(tl.uint32),
+        n_rounds=7,
     )
     # A number has a bit for each of 4, and then of 2 neighbouring keys. Of the ways to spread the bits over the
     # tile, this one takes the fewest registers, on sm_80 as on sm_90 and sm_100.
