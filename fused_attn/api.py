@@ -6,7 +6,7 @@ Each call is planned (`planning.py`: arguments are checked, a backend is chosen)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -125,12 +125,13 @@ def fused_attention(
         )  # fmt: skip
         plan = planning.dense.by_signature.get(call)
     is_direct = call is not None
-    if not is_direct and _are_of_other_kinds(
+    handler = None if is_direct else _handler(
         is_compiling, query, key, value, attn_mask, relative_bias, sinks, key_padding_mask, key_lengths, key_ranges,
         dropout_seed,
-    ):  # fmt: skip
-        return _of_other_kinds(
-            is_compiling, query, key, value,
+    )  # fmt: skip
+    if handler is not None:
+        return handler(
+            query, key, value,
             attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             key_padding_mask=key_padding_mask, key_lengths=key_lengths, key_ranges=key_ranges,
             window_size=window_size, softcap=softcap, relative_bias=relative_bias, sinks=sinks,
@@ -372,36 +373,22 @@ def _asked_for(
     return (lse,) if return_lse else ()  # type: ignore[return-value]
 
 
-def _are_of_other_kinds(is_compiling: bool, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> bool:
-    """Whether `_of_other_kinds` computes the call. Every call on a GPU asks this.
+def _handler(is_compiling: bool, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Callable[..., Any] | None:
+    """What computes `fused_attention` of tensors that override torch functions, of nested tensors, or of DTensors. None
+    for plain tensors. Every call on a GPU asks this.
 
-    others: the other tensors of `fused_attention` in the order of `planning.Arguments`, and dropout_seed
+    others: the other tensors of `fused_attention`
     """
-    return (
-        (not is_compiling and _with_torch_function(query, key, value, *others) is not None)
-        or hasattr(query, "device_mesh")
-        or hasattr(key, "device_mesh")
-        or hasattr(value, "device_mesh")
-        or jagged.is_nested(query, key, value)
-    )
-
-
-def _of_other_kinds(
-    is_compiling: bool, query: Tensor, key: Tensor, value: Tensor, **others: Any
-) -> Tensor | tuple[Tensor, ...]:
-    """`fused_attention` of tensors that override torch functions, of DTensors, or of nested tensors.
-
-    others: all other arguments of `fused_attention`
-    """
-    tensors = (query, key, value, *(others[name] for name in (*planning.Arguments._fields[3:], "dropout_seed")))
-    if not is_compiling and (seen := _with_torch_function(*tensors)):
-        return handle_torch_function(fused_attention, seen, query, key, value, **others)
+    if not is_compiling and (seen := _with_torch_function(query, key, value, *others)):
+        return lambda *args, **kwargs: handle_torch_function(fused_attention, seen, *args, **kwargs)
     if jagged.is_nested(query, key, value):
-        return _nested_attention(query, key, value, **others)
-    # This import takes time, and only a program that has DTensors needs the module.
-    from fused_attn import sharded
+        return _nested_attention
+    if hasattr(query, "device_mesh") or hasattr(key, "device_mesh") or hasattr(value, "device_mesh"):
+        # This import takes time, and only a program that has DTensors needs the module.
+        from fused_attn import sharded
 
-    return sharded.attention(query, key, value, **others)
+        return sharded.attention
+    return None
 
 
 def _nested_attention(

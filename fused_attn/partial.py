@@ -19,7 +19,7 @@ part lies in the whole attention, so that all parts together hide, bias and drop
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -76,11 +76,16 @@ class PartialOptions:
     packed: PackedRows | None = None
 
     @classmethod
-    def of(cls, function: str, given: dict) -> PartialOptions:
-        """The options that a caller has given by name. function: the name of the called function, for the error."""
+    def of(cls, function: str, given: dict, refused: Container[str] = ()) -> PartialOptions:
+        """The options that a caller has given by name.
+
+        function: the name of the called function, for the error
+        refused: options that this function does not take. The caller has checked that none of them is given
+        """
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in given if name not in known]:
-            raise TypeError(f"{function}: expected options among {', '.join(known)}, got {', '.join(unknown)}")
+            taken = ", ".join(name for name in known if name not in refused)
+            raise TypeError(f"{function}: expected options among {taken}, got {', '.join(unknown)}")
         return cls(**given)
 
     def of_call(self) -> planning.Options:

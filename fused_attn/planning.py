@@ -255,8 +255,7 @@ def _checked_plan(arguments: Arguments, bias: CausalBiasMeta | None, options: Op
         key_padding=_shape(key_padding_mask),
         key_lengths=_shape(key_lengths),
     )
-    scalars = _scalars(shapes, options, _band(shapes, options, bias))
-    problem = AttentionProblem.of(shapes, query.dtype, query.device, scalars)
+    problem = _problem(shapes, query, options, seqlen_q, seqlen_k, bias)
     return Plan(problem, None if layout.fits(query.shape, key.shape, value.shape) else layout, None)
 
 
@@ -333,9 +332,7 @@ def _packed_plan(metadata: PackedArguments, max_seqlen_q: int, max_seqlen_k: int
         cu_seqlens_q=cu_seqlens_q.shape,
         cu_seqlens_k=cu_seqlens_k.shape,
     )
-    scalars = _scalars(shapes, options, _band(shapes, options))
-    scalars = scalars._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
-    return Plan(AttentionProblem.of(shapes, query.dtype, query.device, scalars), None, None)
+    return Plan(_problem(shapes, query, options, max_seqlen_q, max_seqlen_k), None, None)
 
 
 packed = Planner(_packed_plan)
@@ -431,9 +428,7 @@ def _paged_plan(metadata: PagedArguments, max_seqlen_q: int | None, *options: An
         cu_seqlens_q=_shape(cu_seqlens_q),
         block_table=block_table.shape,
     )
-    scalars = _scalars(shapes, checked, _band(shapes, checked))
-    scalars = scalars._replace(max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k)
-    return Plan(AttentionProblem.of(shapes, query.dtype, query.device, scalars), None, None)
+    return Plan(_problem(shapes, query, checked, seqlen_q, seqlen_k), None, None)
 
 
 def _packed_queries(
@@ -482,7 +477,6 @@ def _check_options(options: Options, dtype: torch.dtype) -> None:
     checks.check_scalars(
         options.dropout_p, options.is_causal, options.scale, options.enable_gqa, options.softcap, dtype
     )
-    checks.check_window(options.window_size)
     checks.check_diagonal_alignment(options.diagonal_alignment)
     checks.check_num_splits(options.num_splits)
 
@@ -501,18 +495,20 @@ def _band(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = None) 
     return masks.band_of(is_causal, window, shapes.key[2] - shapes.query[2])
 
 
-def _scalars(shapes: Shapes, options: Options, band: Band) -> Scalars:
-    """The numbers of a call. The default scale is 1 / sqrt(D)."""
-    head_dim = shapes.query[3]
-    return Scalars(
-        shapes.query[2],
-        shapes.key[2],
-        1.0 / math.sqrt(head_dim) if options.scale is None else float(options.scale),
+def _problem(
+    shapes: Shapes, query: Meta, options: Options, seqlen_q: int, seqlen_k: int, bias: CausalBiasMeta | None = None
+) -> AttentionProblem:
+    """The problem of a call whose arguments have been checked. The default scale is 1 / sqrt(D)."""
+    scalars = Scalars(
+        seqlen_q,
+        seqlen_k,
+        1.0 / math.sqrt(shapes.query[3]) if options.scale is None else float(options.scale),
         float(options.softcap),
         float(options.dropout_p),
-        *band,
+        *_band(shapes, options, bias),
         checks.check_num_splits(options.num_splits),
     )
+    return AttentionProblem.of(shapes, query.dtype, query.device, scalars)
 
 
 def _shape(meta: Meta | None) -> torch.Size | None:

@@ -70,52 +70,39 @@ void dropout(const DropoutParams& p) { kernels_avx512.dropout(p); }
 
 #else
 
-using BFloat16Policy = ElementPolicy<BFloat16, float, 1>;
-
-// The kernels of the table. Each chooses the instance of a template for the dtype of the call.
-void forward(const AttentionParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32: return forward_with_policy<ElementPolicy<float, float, 1>>(p);
-    case DType::kFloat64: return forward_with_policy<ElementPolicy<double, double, 1>>(p);
-    case DType::kFloat16: return forward_with_policy<ElementPolicy<Float16, float, 1>>(p);
-    case DType::kBFloat16: return forward_with_policy<BFloat16Policy>(p);
+// Calls `kernel` with the policy for a dtype.
+template <class Kernel>
+void with_policy(DType dtype, const Kernel& kernel) {
+  switch (dtype) {
+    case DType::kFloat32: return kernel(ElementPolicy<float, float, 1>{});
+    case DType::kFloat64: return kernel(ElementPolicy<double, double, 1>{});
+    case DType::kFloat16: return kernel(ElementPolicy<Float16, float, 1>{});
+    case DType::kBFloat16: return kernel(ElementPolicy<BFloat16, float, 1>{});
   }
+}
+
+// The kernels of the table.
+void forward(const AttentionParams& p) {
+  with_policy(p.dtype, [&](auto policy) { forward_with_policy<decltype(policy)>(p); });
 }
 
 void backward(const AttentionParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32: return backward_with_policy<ElementPolicy<float, float, 1>>(p);
-    case DType::kFloat64: return backward_with_policy<ElementPolicy<double, double, 1>>(p);
-    case DType::kFloat16: return backward_with_policy<ElementPolicy<Float16, float, 1>>(p);
-    case DType::kBFloat16: return backward_with_policy<BFloat16Policy>(p);
-  }
+  with_policy(p.dtype, [&](auto policy) { backward_with_policy<decltype(policy)>(p); });
 }
 
 void attention_module(const AttentionModuleParams& m) {
-  switch (m.attention.dtype) {
-    case DType::kFloat32: return attention_module_with_policy<ElementPolicy<float, float, 1>>(m);
-    case DType::kFloat64: return attention_module_with_policy<ElementPolicy<double, double, 1>>(m);
-    case DType::kFloat16: return attention_module_with_policy<ElementPolicy<Float16, float, 1>>(m);
-    case DType::kBFloat16: return attention_module_with_policy<BFloat16Policy>(m);
-  }
+  with_policy(m.attention.dtype, [&](auto policy) { attention_module_with_policy<decltype(policy)>(m); });
 }
 
 void linear(const LinearParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32: return linear_with_policy<ElementPolicy<float, float, 1>>(p);
-    case DType::kFloat64: return linear_with_policy<ElementPolicy<double, double, 1>>(p);
-    case DType::kFloat16: return linear_with_policy<ElementPolicy<Float16, float, 1>>(p);
-    case DType::kBFloat16: return linear_with_policy<BFloat16Policy>(p);
-  }
+  with_policy(p.dtype, [&](auto policy) { linear_with_policy<decltype(policy)>(p); });
 }
 
 void dropout(const DropoutParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat32: return dropout_of<float, float>(p);
-    case DType::kFloat64: return dropout_of<double, double>(p);
-    case DType::kFloat16: return dropout_of<Float16, float>(p);
-    case DType::kBFloat16: return dropout_of<BFloat16, float>(p);
-  }
+  with_policy(p.dtype, [&](auto policy) {
+    using Policy = decltype(policy);
+    dropout_of<typename Policy::Storage, typename Policy::Lane>(p);
+  });
 }
 
 #endif

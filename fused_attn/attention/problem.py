@@ -32,6 +32,10 @@ class Band(NamedTuple):
         """Whether the band hides nothing."""
         return self.left == UNBOUNDED and self.right == UNBOUNDED
 
+    def offset_of(self, seqlen_q: int, seqlen_k: int) -> int:
+        """The offset of a sequence with these lengths."""
+        return self.offset + (seqlen_k - seqlen_q if self.is_from_end else 0)
+
 
 UNBOUNDED_BAND = Band()
 

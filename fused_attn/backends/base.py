@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.attention import dropout
-from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted
+from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted, inputs_of
 from fused_attn.attention.problem import AttentionProblem
 
 
@@ -53,6 +53,32 @@ def dropout_reasons(problem: AttentionProblem) -> list[str]:
     if first % dropout.GROUP == 0:
         return []
     return [f"dropout numbers the keys from {first} on, expected a multiple of {dropout.GROUP}"]
+
+
+def with_readable_shared(problem: AttentionProblem, inputs: Inputs) -> Inputs:
+    """The inputs with the `inputs.SHARED` in the form that the native kernels read.
+
+    No tensor is negated lazily, as ``x.conj().imag`` is: its sign is a flag that kernels do not see. A bias has the
+    accumulate dtype or the query's. The others are contiguous and have the accumulate dtype.
+    """
+    query, key, value, bias, key_bias, relative_bias, sinks, *others = inputs
+    if bias is not None:
+        bias = bias.resolve_neg()
+        if bias.dtype != problem.dtype:
+            bias = bias.to(problem.accumulate_dtype)
+    if key_bias is not None:
+        key_bias = key_bias.resolve_neg().to(problem.accumulate_dtype).contiguous()
+    if relative_bias is not None:
+        relative_bias = relative_bias.resolve_neg().to(problem.accumulate_dtype).contiguous()
+    if sinks is not None:
+        sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
+    return inputs_of(query, key, value, bias, key_bias, relative_bias, sinks, *others)
+
+
+def in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
+    """The gradients, converted to the dtypes of their inputs."""
+    pairs = zip(inputs, grads, strict=False)
+    return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
 
 
 def native_numbers(problem: AttentionProblem) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, empty, empty_like, get_num_threads  # not torch.empty:
 from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results, Saved, Wanted, gradients_of, inputs_of
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends.base import clear_rows, dtype_reasons, native_numbers
+from fused_attn.backends.base import clear_rows, dtype_reasons, in_dtypes_of, native_numbers, with_readable_shared
 from fused_attn.native import _C, install_command, why_no_C
 
 missing = why_no_C
@@ -95,8 +95,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     grads = gradients_of(dquery, dkey, dvalue, None, None, None, None)
     wants_shared = problem.has_shared and wanted.is_any_shared
     if wants_shared:
-        shared = _empty_shared_gradients(problem, inputs, wanted)
-        grads = Gradients(dquery, dkey, dvalue, *shared)
+        grads = Gradients(dquery, dkey, dvalue, *_empty_shared_gradients(problem, inputs, wanted))
     try:
         _C.backward(read, saved, grads, problem.prepared.get(name) or _config(problem), get_num_threads())
     except ValueError:
@@ -105,11 +104,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         if copied is inputs and saved_copied is saved:
             raise
         return backward(problem, copied, saved_copied, wanted)
-    if wants_shared:
-        pairs = zip(tuple(inputs)[SHARED_ITEMS], shared, strict=True)
-        shared = [None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs]
-        grads = Gradients(dquery, dkey, dvalue, *shared)
-    return grads
+    return in_dtypes_of(inputs, grads) if wants_shared else grads
 
 
 def _config(problem: AttentionProblem) -> Any:
@@ -119,30 +114,11 @@ def _config(problem: AttentionProblem) -> Any:
 
 
 def _readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
-    """The inputs in the form that the kernels read.
-
-    - No tensor is negated lazily, as ``x.conj().imag`` is: its sign is a flag that the kernels do not see.
-    - A bias has the accumulate dtype or the query's. The other `inputs.SHARED` are contiguous and have the accumulate
-      dtype.
-    """
-    query, key, value, bias, key_bias, relative_bias, sinks, *others = inputs
-    seed, mask, key_ranges, key_padding, key_lengths, cu_seqlens_q, cu_seqlens_k, block_table = others
+    """The inputs in the form that the kernels read; see `with_readable_shared`."""
+    query, key, value, *others = inputs
     if query.is_neg() or key.is_neg() or value.is_neg():
-        query, key, value = query.resolve_neg(), key.resolve_neg(), value.resolve_neg()
-    if bias is not None:
-        bias = bias.resolve_neg()
-        if bias.dtype != problem.dtype:
-            bias = bias.to(problem.accumulate_dtype)
-    if key_bias is not None:
-        key_bias = key_bias.resolve_neg().to(problem.accumulate_dtype).contiguous()
-    if relative_bias is not None:
-        relative_bias = relative_bias.resolve_neg().to(problem.accumulate_dtype).contiguous()
-    if sinks is not None:
-        sinks = sinks.resolve_neg().to(problem.accumulate_dtype).contiguous()
-    return inputs_of(
-        query, key, value, bias, key_bias, relative_bias, sinks, seed, mask, key_ranges, key_padding,
-        key_lengths, cu_seqlens_q, cu_seqlens_k, block_table,
-    )  # fmt: skip
+        inputs = inputs_of(query.resolve_neg(), key.resolve_neg(), value.resolve_neg(), *others)
+    return with_readable_shared(problem, inputs) if problem.has_shared else inputs
 
 
 def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: Wanted) -> list[Tensor | None]:

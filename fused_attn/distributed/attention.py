@@ -191,7 +191,7 @@ def _options(function: str, method: str, options: dict[str, Any]) -> PartialOpti
     for name, reason in _REFUSED.items():
         if (given := options.get(name)) is not None:
             raise checks.fail(name, f"None for a shared sequence, {reason}", _shape_or_value(given))
-    chosen = PartialOptions.of(function, options)
+    chosen = PartialOptions.of(function, options, _REFUSED)
     if chosen.dropout_seed is not None:
         checks.check_dropout_seed(chosen.dropout_seed)
     return chosen

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -20,17 +18,20 @@ from fused_attn.api import fused_attention, fused_attention_paged, fused_attenti
 from fused_attn.attention import checks, jagged
 from fused_attn.attention.causal_bias import causal_bias_offset
 from fused_attn.attention.dropout import draw_seed
-from fused_attn.backends.dispatch import BACKEND_NAMES
 from fused_attn.nn import few_rows, small_inference
+from fused_attn.nn.arguments import (
+    accepts_cache,
+    batch_layout,
+    check_backend,
+    check_divides,
+    check_mask_dtype,
+    check_sizes,
+)
+from fused_attn.nn.attention_mask import Mask, believed_mask, cached_mask, mask_above, without_padded_queries
 from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCache, paged_hint
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.restoring import restoring
-from fused_attn.nn.self_attention_cache import (
-    CachedRows,
-    SlidingSelfAttentionCache,
-    StaticSelfAttentionCache,
-    lower_right,
-)
+from fused_attn.nn.self_attention_cache import CachedRows, SlidingSelfAttentionCache, StaticSelfAttentionCache
 from fused_attn.nn.tracing import call_node
 from fused_attn.nn.weights import attention_weights
 
@@ -372,11 +373,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             q = self._split_heads(self._project_query(query), seq_dim)
             k, v = stored
         else:
-            try:
-                q, k, v = self._project(query, key, value, is_self, shares_kv)
-            except RuntimeError:
-                self._check_projected(query, key, value)
-                raise
+            q, k, v = self._project(query, key, value, is_self, shares_kv)
             q, k = self._split_heads(q, seq_dim, position), self._split_heads(k, seq_dim, position)
             v = self._split_heads(v, seq_dim)
         if k.shape[0] != q.shape[0]:
@@ -398,27 +395,27 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
         need_weights: bool,
-    ) -> _Mask:
+    ) -> Mask:
         """The second step of a call: where the diagonal lies, and attn_mask as `fused_attention` takes masks.
 
         `fused_attention` knows no positions, so the diagonal of rows behind a cache is decided here.
         """
         seqlen_q = rows.q.shape[2]
         if isinstance(rows.cached, CachedRows):
-            mask = _cached_mask(rows.cached, seqlen_q)
+            mask = cached_mask(rows.cached, seqlen_q)
         elif is_causal and attn_mask is None:
             if need_weights:
                 raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
             # Every query sees the appended rows. No diagonal can express this, so the mask becomes dense.
-            mask = _Mask(_above(0, seqlen_q, rows.k) if self._num_appended else None, None if self._num_appended else 0)
+            mask = Mask(mask_above(0, seqlen_q, rows.k), None) if self._num_appended else Mask(None, 0)
         else:
-            mask = _believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
+            mask = believed_mask(attn_mask, is_causal, key_padding_mask is None and not need_weights)
         return self._checked_mask(mask, key_padding_mask, seqlen_q, rows.k)
 
     def _attention(
         self,
         rows: _Rows,
-        mask: _Mask,
+        mask: Mask,
         key_padding_mask: Tensor | None,
         average_weights: bool | None,
         skips_padding: bool,
@@ -438,16 +435,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         options = rows.cached.options if isinstance(rows.cached, CachedRows) else None
         if options:
             arguments |= options
-            mask = _Mask(arguments.pop("attn_mask", None), None)
+            mask = Mask(arguments.pop("attn_mask", None), None)
             if self.relative_bias is not None:
-                mask = _Mask(self._dense_bias(q, arguments["key_lengths"], k.shape[2]), None)
+                mask = Mask(self._dense_bias(q, arguments["key_lengths"], k.shape[2]), None)
         else:
             arguments["relative_bias"] = self._relative_bias(q, rows.position, k.shape[2])
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
         seen, is_causal = mask.attn_mask, mask.attn_mask is None and mask.diagonal is not None
         if skips_padding and key_padding_mask is not None:
-            seen, is_causal = _without_padded_queries(mask, key_padding_mask)
+            seen, is_causal = without_padded_queries(mask, key_padding_mask)
         out: Any = fused_attention(
             q, k, v, seen, is_causal=is_causal,
             enable_gqa=self.num_kv_heads != self.num_heads, return_lse=need_weights, backend=self.backend, **arguments,
@@ -455,14 +452,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             return out, None
         out, lse = out
-        of_weights = mask.attn_mask if mask.diagonal is None else _above(mask.diagonal, q.shape[2], k).logical_not()
+        of_weights = mask.attn_mask if mask.diagonal is None else mask_above(mask.diagonal, q.shape[2], k).logical_not()
         weights = attention_weights(q, k, lse, attn_mask=of_weights, **arguments)
         return out, (weights.mean(dim=1) if average_weights else weights).to(out.dtype)
 
     def _paged_attention(self, q: Tensor, rows: PagedRows) -> Tensor:
         """The attention (N, H, L, D) of the last rows of sequences, q (N, H, L, D), over pages."""
-        scale = 1.0 / math.sqrt(self.head_dim)
-        out: Any = fused_attention_paged(q, *rows, is_causal=True, scale=scale, backend=self.backend)
+        out: Any = fused_attention_paged(q, *rows, is_causal=True, backend=self.backend)
         return out
 
     def _merge_heads(self, out: Tensor, seq_dim: int, is_batched: bool) -> Tensor:
@@ -483,11 +479,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             raise ValueError("value: expected the offsets of key, the same tensor, got others")
         q, k, _ = packed
         query, key, value = (x.rows for x in packed)
-        try:
-            projected = self._project(query, key, value, is_self, shares_kv)
-        except RuntimeError:
-            self._check_projected(query, key, value)
-            raise
+        projected = self._project(query, key, value, is_self, shares_kv)
         query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)  # (total, heads, D)
         out: Any = fused_attention_varlen(
             query, key, value, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
@@ -576,15 +568,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         self,
         query: Tensor,
         key: Tensor,
-        cache: AttentionCache | None,
+        cache: AttentionCache,
         key_padding_mask: Tensor | None,
         need_weights: bool,
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> None:
         """Raises an error if `cache` is not the cache of an attention module, or does not go with this call."""
-        if cache is None:
-            return
         if not hasattr(cache, "is_filled_once"):
             raise TypeError(
                 "cache: expected a layer's cache such as cache.layers[i].self_attention, got "
@@ -631,6 +621,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         is_self: query, key and value are one tensor, so that one matrix product computes all three projections
         shares_kv: key and value are one tensor, so that two products are enough
         """
+        try:
+            return self._products(query, key, value, is_self, shares_kv)
+        except RuntimeError:
+            self._check_projected(query, key, value)
+            raise
+
+    def _products(
+        self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool
+    ) -> tuple[Tensor, ...]:
+        """`_project`, with torch's own errors."""
         kv_dim = self.num_kv_heads * self.head_dim
         sizes: tuple[int, ...] = (self.embed_dim, kv_dim, kv_dim)
         bias = self.in_proj_bias
@@ -649,9 +649,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         biases = (None, None, None) if bias is None else bias.split(sizes)
         return tuple(few_rows.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
 
-    def _check_projected(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _check_projected(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None) -> None:
         """Raises a RuntimeError that names the input whose layout, size, device or dtype does not fit the projections.
 
+        key, value: None if only the query is projected
         `forward` calls this method only after a projection has raised a RuntimeError, so that other calls do not wait
         for the checks. The message of torch's own error names no argument.
         """
@@ -661,6 +662,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             ("key", key, self.kdim),
             ("value", value, self.vdim),
         ):
+            if x is None:
+                continue
             if x.layout != torch.strided:
                 raise RuntimeError(f"{name}: expected a dense tensor, got layout {x.layout}")
             if x.shape[-1] != features:
@@ -680,9 +683,12 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def _project_query(self, query: Tensor) -> Tensor:
         """The projection (..., E) of query (..., E) alone, for calls whose cache holds the keys and values."""
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
-        return few_rows.linear(
-            query, weight, None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
-        )
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
+        try:
+            return few_rows.linear(query, weight, bias)
+        except RuntimeError:
+            self._check_projected(query)
+            raise
 
     def _split_heads(self, x: Tensor, seq_dim: int, position: int | Tensor | None = None) -> Tensor:
         """Turns x, (N, L, heads * D) or (L, N, heads * D), into a view (N, heads, L, D).
@@ -766,7 +772,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         """The number of rows that add_bias_kv and add_zero_attn append to the keys: 0, 1 or 2."""
         return (self.bias_k is not None) + self.add_zero_attn
 
-    def _checked_mask(self, mask: _Mask, key_padding_mask: Tensor | None, seqlen_q: int, key: Tensor) -> _Mask:
+    def _checked_mask(self, mask: Mask, key_padding_mask: Tensor | None, seqlen_q: int, key: Tensor) -> Mask:
         """Turns a mask of this module into a mask of `fused_attention`, and checks its shape and that of the padding.
 
         In a bool mask of `fused_attention`, True means that the query sees the key, which is the opposite of the
@@ -797,7 +803,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 raise RuntimeError(f"attn_mask: expected a causal bias for (L, S) = {sizes}, got one for {got}")
             if not self._num_appended:
                 return mask
-            attn_mask = _above(diagonal, seqlen_q, key)
+            attn_mask = mask_above(diagonal, seqlen_q, key)
         expected = sizes if attn_mask.dim() == 2 else (batch * self.num_heads, *sizes)
         if attn_mask.shape != expected:
             got = tuple(attn_mask.shape)
@@ -808,7 +814,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
         padded: Any = self._padded(attn_mask)
-        return _Mask(padded.logical_not() if padded.dtype == torch.bool else padded, None)
+        return Mask(padded.logical_not() if padded.dtype == torch.bool else padded, None)
 
     def _padded(self, mask: Tensor | None) -> Tensor | None:
         """A mask (..., S) of this module, with further columns for the rows that `_append_rows` appends to the keys.
@@ -837,6 +843,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 setattr(self, name, nn.Parameter(parameter.detach()[..., :kv_dim].clone()))
 
 
+few_rows.FORWARDS[FusedMultiheadAttention] = FusedMultiheadAttention.forward
+
+
 class _Rows(NamedTuple):
     """The projected rows of one call, in heads. Behind a cache, keys and values are those of all rows so far."""
 
@@ -845,58 +854,6 @@ class _Rows(NamedTuple):
     v: Tensor  # (N, Hkv, S, D)
     position: int | Tensor  # of the first query, if the module needs positions; otherwise 0
     cached: CachedRows | PagedRows | None  # what a cache of self-attention returned. With pages, k and v are new rows
-
-
-class _Mask(NamedTuple):
-    """The attn_mask of one call."""
-
-    #: A mask (L, S) or (N, H, L, S), or None. If `diagonal` is set, this is the causal bias of that diagonal, or None
-    #: for the diagonal 0.
-    attn_mask: Tensor | None
-    #: With a number, query i sees the keys j <= i + diagonal. None means that there is no causal mask.
-    diagonal: int | None
-
-
-def _believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool) -> _Mask:
-    """The mask of a call without a self-attention cache.
-
-    is_causal: the hint that attn_mask is the causal mask
-    is_believed: whether the hint is followed without a look at attn_mask. If not, attn_mask alone decides
-    """
-    diagonal = None if attn_mask is None else causal_bias_offset(attn_mask)
-    if is_causal and is_believed and diagonal is None:
-        # The diagonal hides the appended rows, too. The parent class does the same.
-        return _Mask(None, 0)
-    return _Mask(attn_mask, diagonal)
-
-
-def _without_padded_queries(mask: _Mask, padding: Tensor) -> tuple[Tensor | None, bool]:
-    """The attn_mask and is_causal of `fused_attention` that also hide every key from the queries of padding (N, L).
-
-    mask: what `_checked_mask` returns. A floating-point mask, and a diagonal but the causal one, stay as they are.
-    """
-    valid = padding.logical_not() if padding.dtype == torch.bool else padding != float("-inf")
-    valid = valid[:, None, :, None]
-    if mask.diagonal == 0 or mask == (None, None):
-        return valid, mask.diagonal == 0
-    if mask.attn_mask is not None and mask.diagonal is None and mask.attn_mask.dtype == torch.bool:
-        return mask.attn_mask & valid, False
-    return mask.attn_mask, mask.attn_mask is None
-
-
-def _cached_mask(cached: CachedRows, seqlen_q: int) -> _Mask:
-    """The mask of a call with a self-attention cache, whose queries are L new rows.
-
-    The new rows see all earlier rows, and they are causal among themselves.
-    """
-    if not cached.diagonal:
-        return _Mask(None, cached.diagonal)
-    return _Mask(lower_right(seqlen_q, cached.keys.shape[2]), cached.diagonal)
-
-
-def _above(diagonal: int, seqlen_q: int, key: Tensor) -> Tensor:
-    """A mask (L, S) of this module, which hides the keys j > i + diagonal from query i. key: (N, Hkv, S, D)."""
-    return torch.ones(seqlen_q, key.shape[2], dtype=torch.bool, device=key.device).triu(diagonal + 1)
 
 
 def keep_fast_path_off(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -924,75 +881,6 @@ def _nothing(module: nn.Module, inputs: tuple) -> None:
 
 # The hook sees every way of replacing the attention: an assignment, the constructor of a subclass, a tool.
 register_module_module_registration_hook(keep_fast_path_off)
-
-
-def accepts_cache(method: Callable) -> bool:
-    """Whether a method takes the keyword ``cache``. Methods with torch's own signature do not.
-
-    The answer for a method of a class is remembered. An answer for another callable is not, because the memory would
-    keep the callable alive, and with it a module.
-    """
-    function = getattr(method, "__func__", None)
-    if function is None or torch.compiler.is_compiling():
-        return _has_cache_parameter(method)
-    return _remembered_cache_parameter(function)
-
-
-def _has_cache_parameter(function: Callable) -> bool:
-    """Whether a function takes the keyword ``cache``, by name or among ``**kwargs``."""
-    parameters = inspect.signature(function).parameters
-    return "cache" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-
-
-_remembered_cache_parameter = functools.lru_cache(maxsize=256)(_has_cache_parameter)
-
-
-def batch_layout(batch_first: bool) -> str:
-    """A text about the layout of the inputs. Messages about sizes end with it, because most such errors come from
-    inputs in the wrong layout.
-    """
-    return f"batch_first={batch_first} means inputs {'(N, L, E)' if batch_first else '(L, N, E)'}"
-
-
-class NotADivisorError(ValueError, AssertionError):
-    """The number of heads does not divide the number of features.
-
-    torch.nn raises an AssertionError in this case, and this library raises ValueError for wrong values. So the error is
-    both.
-    """
-
-
-def check_sizes(least: int, **sizes: int | None) -> None:
-    """Raises TypeError if a size is no integer, and ValueError if a size is below `least`. None is allowed."""
-    for name, size in sizes.items():
-        if size is None:
-            continue
-        checks.check_integer(name, size)
-        if size < least:
-            raise checks.fail(name, f"at least {least}", size)
-
-
-def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
-    """Raises `NotADivisorError` unless `divisor` divides `whole`. The names are those of the arguments."""
-    if whole % divisor:
-        raise NotADivisorError(f"{name}: expected a divisor of {whole_name}={whole}, got {divisor}")
-
-
-def check_backend(backend: str | None) -> None:
-    """Raises ValueError if there is no backend of this name. Whether a backend can run a call depends on the call."""
-    if backend is not None and backend not in BACKEND_NAMES:
-        raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
-
-
-def check_mask_dtype(name: str, mask: Tensor) -> None:
-    """Raises TypeError if a mask is no tensor.
-
-    Raises AssertionError, as the parent class does, if the mask is neither bool nor floating point.
-    """
-    checks.check_tensor(name, mask)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        hint = checks.hint_for_integers(name)
-        raise AssertionError(f"{name}: expected bool or floating point, got {mask.dtype}{hint}")
 
 
 def _rotary(rotary: bool | float | None, head_dim: int) -> RotaryEmbedding | None:

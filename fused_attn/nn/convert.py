@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from fused_attn.attention import checks
-from fused_attn.nn.attention import check_backend
+from fused_attn.nn.arguments import check_backend
 from fused_attn.nn.replacement import replace_attention
 from fused_attn.nn.transformer import convert_layers
 

@@ -156,7 +156,9 @@ class Search:
         """Appends a token to each row that has not ended."""
         log_probs = self._next_log_probs()
         if self.settings.do_sample:
-            token = _draw(self._sampled_from(log_probs), self.settings.generator)
+            settings = self.settings
+            probabilities = sampling_probabilities(log_probs, settings.temperature, settings.top_k, settings.top_p)
+            token = _draw(probabilities, settings.generator)
         else:
             token = log_probs.max(dim=-1).indices  # on a CPU, argmax takes four times as long
         log_prob = log_probs.gather(1, token[:, None])[:, 0].masked_fill(self.has_ended, 0.0)
@@ -201,11 +203,6 @@ class Search:
             self.recorded_step = self.model.recorded_step(newest, self.memory, self.padding, cache)
             self.may_record = False
         return hidden
-
-    def _sampled_from(self, log_probs: Tensor) -> Tensor:
-        """(rows, V): the probabilities to draw the next token from."""
-        settings = self.settings
-        return sampling_probabilities(log_probs, settings.temperature, settings.top_k, settings.top_p)
 
     def _append(self, token: Tensor, log_prob: Tensor) -> None:
         """Appends a token (rows,), and its log-probability, to each row."""

@@ -26,9 +26,6 @@ from fused_attn.nn.restoring import Restoring
 
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 
-#: The method of the class, which a patch of the class may replace.
-FORWARD = FusedMultiheadAttention.forward
-
 #: In the place of a parameter that a module does not have
 _MISSING: Any = False
 
@@ -227,7 +224,6 @@ def _attention(
     if (
         attn_mask is not None
         or type(module) is not FusedMultiheadAttention
-        or FusedMultiheadAttention.forward is not FORWARD
         or not few_rows.is_called_plainly(module)
         or not _does_nothing(dropout)
         or not _is_plain_norm(norm, x)

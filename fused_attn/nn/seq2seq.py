@@ -14,7 +14,8 @@ from torch.overrides import has_torch_function_variadic
 from fused_attn import modes
 from fused_attn.attention import checks
 from fused_attn.nn import element_dropout, generation
-from fused_attn.nn.attention import FusedMultiheadAttention, check_sizes
+from fused_attn.nn.arguments import check_sizes
+from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import KVCache
 from fused_attn.nn.generation import Generation, Settings
 from fused_attn.nn.paged_self_attention import paged_hint

@@ -34,17 +34,15 @@ from fused_attn import modes
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
 from fused_attn.nn import element_dropout, few_rows, native_layer
-from fused_attn.nn.attention import (
-    AttentionCache,
-    FusedMultiheadAttention,
+from fused_attn.nn.arguments import (
     accepts_cache,
     batch_layout,
     check_backend,
     check_divides,
     check_mask_dtype,
     check_sizes,
-    keep_fast_path_off,
 )
+from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention, keep_fast_path_off
 from fused_attn.nn.paged_self_attention import paged_hint
 from fused_attn.nn.replacement import replace_attention
 from fused_attn.nn.restoring import restoring_layers
@@ -552,8 +550,7 @@ class TransformerDecoder(nn.TransformerDecoder):
             None if only `forward` can compute the step: on a GPU, with gradients, with hooks, and with modules of other
             classes.
         """
-        is_own = type(self) is TransformerDecoder and TransformerDecoder.forward is _DECODER_FORWARD
-        if not is_own or not few_rows.is_called_plainly(self):
+        if type(self) is not TransformerDecoder or not few_rows.is_called_plainly(self):
             return None
         padding = memory_key_padding_mask
         self._check_cache(cache)
@@ -585,8 +582,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         return all(getattr(layer, "takes_cache", False) for layer in self.layers)
 
 
-#: The method of the class, which a patch of the class may replace.
-_DECODER_FORWARD = TransformerDecoder.forward
+few_rows.FORWARDS[TransformerDecoder] = TransformerDecoder.forward
 
 
 class Transformer(nn.Transformer):
@@ -802,7 +798,7 @@ def check_memory(
 ) -> None:
     """Raises the errors that cross-attention would raise, before self-attention adds its rows to the cache.
 
-    After a later error, the caller could not repeat the step: the rows would be in the cache of the first layer twice.
+    `Restoring` takes these rows out again after an error, but not in compiled code.
 
     layer: a decoder layer
     mask, key_padding_mask, is_causal: those of the memory

@@ -12,7 +12,14 @@ from fused_attn import architectures, native
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends.base import clear_rows, dropout_reasons, dtype_reasons, gpu_reasons, native_numbers
+from fused_attn.backends.base import (
+    clear_rows,
+    dropout_reasons,
+    dtype_reasons,
+    gpu_reasons,
+    in_dtypes_of,
+    native_numbers,
+)
 from fused_attn.backends.cuda import hardware, splits
 from fused_attn.backends.cuda.readable import readable, readable_inputs
 from fused_attn.backends.cuda.workspace import workspace
@@ -121,7 +128,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     elif problem.has_key_lengths:
         clear_rows(*grads[1:3])
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
-        return _in_dtypes_of(inputs, Gradients(*(None if dx is None else dx.zero_() for dx in grads)))
+        return in_dtypes_of(inputs, Gradients(*(None if dx is None else dx.zero_() for dx in grads)))
     assert saved.lse is not None, "backward needs the lse of forward"
     saved = saved._replace(
         lse=saved.lse.contiguous(),  # under vmap, lse can be an expanded view
@@ -131,7 +138,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     memory = workspace(problem, read, wanted, gradient_splits=parts)
     architecture = hardware.device_architecture(problem)
     hardware.module.backward(read, saved, grads, _config(problem), *parts, architecture, memory)
-    return _in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
+    return in_dtypes_of(inputs, grads) if wanted.is_any_shared else grads
 
 
 def _with_key_bias_in_bias(inputs: Inputs) -> Inputs:
@@ -182,12 +189,6 @@ def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | No
         return torch.empty(x.shape, dtype=dtype, device=query.device)
 
     return tuple(empty(name) for name in SHARED)
-
-
-def _in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
-    """The gradients, converted to the dtypes of their inputs, if kernels have written them as float32."""
-    pairs = zip(inputs, grads, strict=False)
-    return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
 
 
 @functools.lru_cache(maxsize=4096)

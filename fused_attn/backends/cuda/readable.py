@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_attn.attention.inputs import Inputs, Saved
 from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends.base import with_readable_shared
 
 Tensors = TypeVar("Tensors", Inputs, Saved)
 
@@ -16,30 +17,14 @@ Tensors = TypeVar("Tensors", Inputs, Saved)
 def readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     """The inputs in the form that kernels read.
 
-    query, key and value are as `readable` returns them. bias has the dtype of the problem or float32, with any
-    strides. The other `inputs.SHARED` are contiguous float32.
+    query, key and value are as `readable` returns them, the others as `with_readable_shared` returns them.
     """
     inputs = readable(inputs, "query", "key", "value")
     if inputs.key_lengths is not None:
         block_table = inputs.block_table
         block_table = None if block_table is None else block_table.contiguous()
         inputs = inputs._replace(key_lengths=inputs.key_lengths.contiguous(), block_table=block_table)
-    if not problem.has_shared:
-        return inputs
-    bias = inputs.bias
-    if bias is not None:
-        bias = bias.resolve_neg()
-        bias = bias if bias.dtype == problem.dtype else bias.float()
-
-    def small(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.resolve_neg().float().contiguous()
-
-    return inputs._replace(
-        bias=bias,
-        key_bias=small(inputs.key_bias),
-        relative_bias=small(inputs.relative_bias),
-        sinks=small(inputs.sinks),
-    )
+    return with_readable_shared(problem, inputs) if problem.has_shared else inputs
 
 
 def readable(tensors: Tensors, *names: str) -> Tensors:

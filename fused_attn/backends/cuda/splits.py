@@ -180,7 +180,7 @@ def _splits_of_programs(programs: int, resident: int) -> int:
 
 def _keys_in_band(problem: AttentionProblem, queries: int) -> int:
     """How many keys a block of so many neighbouring queries sees by the band, at most."""
-    band, offset = problem.band, _offset_of_band(problem)
+    band, offset = problem.band, problem.band.offset_of(problem.seqlen_q, problem.seqlen_k)
     begin = 0 if band.left == UNBOUNDED else max(offset - band.left, 0)
     end = problem.seqlen_k if band.right == UNBOUNDED else min(problem.seqlen_q + offset + band.right, problem.seqlen_k)
     return _within_band(problem, end - begin, min(queries, problem.seqlen_q))
@@ -188,15 +188,10 @@ def _keys_in_band(problem: AttentionProblem, queries: int) -> int:
 
 def _queries_in_band(problem: AttentionProblem, keys: int) -> int:
     """How many queries see a block of so many neighbouring keys by the band, at most."""
-    band, offset = problem.band, _offset_of_band(problem)
+    band, offset = problem.band, problem.band.offset_of(problem.seqlen_q, problem.seqlen_k)
     begin = 0 if band.right == UNBOUNDED else max(-offset - band.right, 0)
     end = problem.seqlen_q if band.left == UNBOUNDED else min(problem.seqlen_k - offset + band.left, problem.seqlen_q)
     return _within_band(problem, end - begin, min(keys, problem.seqlen_k))
-
-
-def _offset_of_band(problem: AttentionProblem) -> int:
-    shift = problem.seqlen_k - problem.seqlen_q if problem.band.is_from_end else 0
-    return problem.band.offset + shift
 
 
 def _within_band(problem: AttentionProblem, rows: int, block: int) -> int:

@@ -1,0 +1,82 @@
+"""Checks of the arguments that the modules share, and the texts of their errors."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fused_attn.attention import checks
+from fused_attn.backends.dispatch import BACKEND_NAMES
+
+
+def accepts_cache(method: Callable) -> bool:
+    """Whether a method takes the keyword ``cache``. Methods with torch's own signature do not.
+
+    The answer for a method of a class is remembered. An answer for another callable is not, because the memory would
+    keep the callable alive, and with it a module.
+    """
+    function = getattr(method, "__func__", None)
+    if function is None or torch.compiler.is_compiling():
+        return _has_cache_parameter(method)
+    return _remembered_cache_parameter(function)
+
+
+def _has_cache_parameter(function: Callable) -> bool:
+    """Whether a function takes the keyword ``cache``, by name or among ``**kwargs``."""
+    parameters = inspect.signature(function).parameters
+    return "cache" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
+_remembered_cache_parameter = functools.lru_cache(maxsize=256)(_has_cache_parameter)
+
+
+def batch_layout(batch_first: bool) -> str:
+    """A text about the layout of the inputs. Messages about sizes end with it, because most such errors come from
+    inputs in the wrong layout.
+    """
+    return f"batch_first={batch_first} means inputs {'(N, L, E)' if batch_first else '(L, N, E)'}"
+
+
+class NotADivisorError(ValueError, AssertionError):
+    """The number of heads does not divide the number of features.
+
+    torch.nn raises an AssertionError in this case, and this library raises ValueError for wrong values. So the error is
+    both.
+    """
+
+
+def check_sizes(least: int, **sizes: int | None) -> None:
+    """Raises TypeError if a size is no integer, and ValueError if a size is below `least`. None is allowed."""
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        checks.check_integer(name, size)
+        if size < least:
+            raise checks.fail(name, f"at least {least}", size)
+
+
+def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
+    """Raises `NotADivisorError` unless `divisor` divides `whole`. The names are those of the arguments."""
+    if whole % divisor:
+        raise NotADivisorError(f"{name}: expected a divisor of {whole_name}={whole}, got {divisor}")
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises ValueError if there is no backend of this name. Whether a backend can run a call depends on the call."""
+    if backend is not None and backend not in BACKEND_NAMES:
+        raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
+
+
+def check_mask_dtype(name: str, mask: Tensor) -> None:
+    """Raises TypeError if a mask is no tensor.
+
+    Raises AssertionError, as the parent class does, if the mask is neither bool nor floating point.
+    """
+    checks.check_tensor(name, mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        hint = checks.hint_for_integers(name)
+        raise AssertionError(f"{name}: expected bool or floating point, got {mask.dtype}{hint}")
