@@ -1,4 +1,4 @@
-// Dropout of the elements of any tensor, as layers apply it to the output of a block.
+// Dropout of the elements of any tensor, as layers apply it to the output of a block, and of attention weights.
 #pragma once
 #include "elements.h"
 #include "kernels.h"
@@ -12,6 +12,8 @@ namespace {
 // (c, r % 64, 0, 0), because philox_rows makes words in this order. The even element has the low half of the word.
 constexpr int64_t kDropoutChunk = 2 * 4 * kBlockQ;
 constexpr int64_t kChunksOfItem = 32;
+
+constexpr double kFlopsOfElement = 8;  // the instructions of Philox count as flops
 
 // All bits of a lane are set if the random number of its element is at least the threshold, and otherwise none. The
 // halves of words lie in memory in the order of the elements. `element`: the first one, counted within the chunk
@@ -31,7 +33,6 @@ void drop_elements(const DropoutParams& p) {
   const Vec<Lane> scale = broadcast<Lane>(static_cast<Lane>(p.scale));
   const int64_t chunks = (p.elements + kDropoutChunk - 1) / kDropoutChunk;
   const int64_t items = (chunks + kChunksOfItem - 1) / kChunksOfItem;
-  constexpr double kFlopsOfElement = 8;  // the instructions of Philox count as flops
   const double flops = kFlopsOfElement * static_cast<double>(p.elements);
   parallel_for(choose_threads(p.num_threads, items, flops), items, [&](int64_t item, int) {
     const int64_t end = chunks < (item + 1) * kChunksOfItem ? chunks : (item + 1) * kChunksOfItem;
@@ -45,6 +46,50 @@ void drop_elements(const DropoutParams& p) {
         const Vec<Lane> zero = {}, input = load_as<Lane>(x + first + e, n);
         const Vec<Lane> factor = select_or_zero<Lane>(survivors<Lane>(words, e, p.threshold), scale);
         store_as<Lane>(out + first + e, (p.relu ? select<Lane>(input < zero, zero, input) : input) * factor, n);
+      }
+    }
+  });
+}
+
+// The same for attention weights (B, H, L, S), of which those survive that the attention kernels keep.
+template <class Storage, class Lane>
+void drop_weights(const DropoutParams& p) {
+  constexpr int64_t kColumns = 64;  // one bit of a word for each
+  const Vec<Lane> scale = broadcast<Lane>(static_cast<Lane>(p.scale));
+  const uint32_t threshold = p.threshold << 16;
+  const int64_t row_blocks = (p.seqlen_q + kBlockQ - 1) / kBlockQ;
+  const int64_t items = p.elements == 0 ? 0 : p.elements / (p.seqlen_q * p.seqlen_k) * row_blocks;
+  const double flops = kFlopsOfElement * static_cast<double>(p.elements);
+  parallel_for(choose_threads(p.num_threads, items, flops), items, [&](int64_t item, int) {
+    const int64_t head_slice = item / row_blocks, first_row = item % row_blocks * kBlockQ;
+    const int count = static_cast<int>(p.seqlen_q - first_row < kBlockQ ? p.seqlen_q - first_row : kBlockQ);
+    for (int64_t first = 0; first < p.seqlen_k; first += kColumns) {
+      const int64_t columns = p.seqlen_k - first < kColumns ? p.seqlen_k - first : kColumns;
+      uint64_t survivors[kBlockQ] = {};  // bit i of a row belongs to column first + i
+      for (int64_t column = 0; column < columns; column += kPhiloxKeys) {
+        uint32_t words[4][kBlockQ];
+        philox_rows(p.seed, static_cast<uint32_t>(head_slice / p.num_heads),
+                    static_cast<uint32_t>(head_slice % p.num_heads), static_cast<uint32_t>(first_row),
+                    static_cast<uint32_t>((first + column) / kPhiloxKeys), count, words);
+        for (int q = 0; q < kBlockQ; ++q) {
+          uint32_t bits = 0;
+          FA_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            bits |= static_cast<uint32_t>(words[i][q] << 16 >= threshold) << (2 * i);
+            bits |= static_cast<uint32_t>(words[i][q] >= threshold) << (2 * i + 1);
+          }
+          survivors[q] |= static_cast<uint64_t>(bits) << column;
+        }
+      }
+      for (int q = 0; q < count; ++q) {
+        const int64_t offset = (head_slice * p.seqlen_q + first_row + q) * p.seqlen_k + first;
+        const auto* const x = static_cast<const Storage*>(p.x) + offset;
+        auto* const out = static_cast<Storage*>(p.out) + offset;
+        for (int e = 0; e < columns; e += kLanes<Lane>) {
+          const int n = columns - e < kLanes<Lane> ? static_cast<int>(columns) - e : kLanes<Lane>;
+          const Vec<Lane> factor = select_or_zero<Lane>(lanes_of_bits<Lane>(survivors[q], e), scale);
+          store_as<Lane>(out + e, load_as<Lane>(x + e, n) * factor, n);
+        }
       }
     }
   });
@@ -74,6 +119,7 @@ void undrop_elements(const DropoutParams& p) {
 // Runs the kernel of DropoutParams.
 template <class Storage, class Lane>
 void dropout_of(const DropoutParams& p) {
+  if (p.num_heads != 0) return drop_weights<Storage, Lane>(p);
   p.result == nullptr ? drop_elements<Storage, Lane>(p) : undrop_elements<Storage, Lane>(p);
 }
 

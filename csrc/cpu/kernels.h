@@ -61,7 +61,8 @@ struct LinearParams {
 };
 
 // The arguments of dropout: out = x * scale where the random number of an element is at least the threshold, and x * 0
-// elsewhere. All tensors are contiguous. x and out may be the same one.
+// elsewhere. All tensors are contiguous. x and out may be the same one. The numbers are those of elements in a line, as
+// in element_dropout.h, or those of attention weights, as in philox.h.
 struct DropoutParams {
   DType dtype = DType::kFloat32;
   int64_t elements = 0;
@@ -70,7 +71,11 @@ struct DropoutParams {
   uint64_t seed = 0;
   uint32_t threshold = 0;
   double scale = 1;
-  bool relu = false;  // max(x, 0) takes the place of x
+  // The sizes of attention weights (.., num_heads, seqlen_q, seqlen_k); num_heads = 0 = elements in a line
+  int64_t num_heads = 0;
+  int64_t seqlen_q = 0;
+  int64_t seqlen_k = 0;
+  bool relu = false;  // max(x, 0) takes the place of x; not with attention weights
   // The result of a relu and dropout. If it is given, out is the gradient of its input, and x that of the result: x *
   // scale where the result is positive or NaN, and 0 elsewhere. So no random number is needed.
   const void* result = nullptr;

@@ -390,9 +390,11 @@ Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pieces& pi
   const int64_t entries = a.batch * p.num_key_blocks, entries_by_offset = call.rows_k / kKeyBlock + a.batch;
   p.lists_key_blocks_by_offset =
       a.cu_seqlens_k != nullptr && a.key_padding.data == nullptr && entries_by_offset < entries;
-  const int64_t listed = (p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads * p.dk_splits;
-  if (listed >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
-  p.num_listed_key_blocks = static_cast<int32_t>(listed);
+  if (pieces.key_blocks != nullptr) {
+    const int64_t listed = (p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads * p.dk_splits;
+    if (listed >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
+    p.num_listed_key_blocks = static_cast<int32_t>(listed);
+  }
   if (pieces.tile_counter != nullptr && (needs.is_backward || shares_tiles(a, p.splits.count)))
     p.tile_counter = pieces.tile_counter;
   p.program_counter = pieces.program_counter;

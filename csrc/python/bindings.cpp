@@ -75,6 +75,7 @@ PyMethodDef kMethods[] = {
     {"attention_step", as_c_function(entry_point<attention_step>), METH_FASTCALL, kAttentionStepDoc},
     {"linear", as_c_function(entry_point<linear>), METH_FASTCALL, kLinearDoc},
     {"dropout", as_c_function(entry_point<dropout>), METH_FASTCALL, kDropoutDoc},
+    {"weights_dropout", as_c_function(entry_point<weights_dropout>), METH_FASTCALL, kWeightsDropoutDoc},
     {"relu_dropout_backward", as_c_function(entry_point<relu_dropout_backward>), METH_FASTCALL,
      kReluDropoutBackwardDoc},
     {nullptr, nullptr, 0, nullptr},

@@ -231,6 +231,11 @@ const char kDropoutDoc[] =
     "If relu is true, max(x, 0) takes the place of x. x, out: contiguous, of any shape, of one shape and dtype. seed:\n"
     "0-d int64. fused_attn.nn.element_dropout says which elements survive.";
 
+const char kWeightsDropoutDoc[] =
+    "weights_dropout(x, out, seed, dropout_p, num_threads)\n\n"
+    "Writes attention weights x (B, H, L, S) to out, each multiplied by 0 if forward with this seed drops the weight,\n"
+    "and otherwise by 1 / (1 - dropout_p). x, out: contiguous, of one shape and dtype. seed: 0-d int64.";
+
 const char kReluDropoutBackwardDoc[] =
     "relu_dropout_backward(x, out, result, dropout_p, num_threads)\n\n"
     "Writes to out the gradient of the input of dropout(max(input, 0)), whose result is given. x is the gradient of "
@@ -266,6 +271,24 @@ PyObject* dropout(PyObject* const* args, Py_ssize_t count) {
   const void* const seed = checked_contiguous(kReader.required(a.seed, "seed"), ElementType::kInt64, {});
   p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed));
   p.relu = read_bool(a.relu);
+  p.num_threads = thread_count(a.num_threads);
+  run_kernel(static_cast<double>(p.elements), [&] { cpu::kernels().dropout(p); });
+  Py_RETURN_NONE;
+}
+
+PyObject* weights_dropout(PyObject* const* args, Py_ssize_t count) {
+  struct Arguments {
+    PyObject *x, *out, *seed, *dropout_p, *num_threads;
+  };
+  const auto a = arguments_of<Arguments>(args, count, kWeightsDropoutDoc);
+  const Argument x = kReader.required(a.x, "x");
+  x.check_ndim(4);
+  cpu::DropoutParams p = read_dropout(x, kReader.required(a.out, "out"), read_double(a.dropout_p));
+  p.num_heads = x.size(1);
+  p.seqlen_q = x.size(2);
+  p.seqlen_k = x.size(3);
+  const void* const seed = checked_contiguous(kReader.required(a.seed, "seed"), ElementType::kInt64, {});
+  p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed));
   p.num_threads = thread_count(a.num_threads);
   run_kernel(static_cast<double>(p.elements), [&] { cpu::kernels().dropout(p); });
   Py_RETURN_NONE;

@@ -67,7 +67,7 @@ def _is_plain(module: Any, x: Tensor) -> bool:
     # torch.compile must not trace the other tests. It makes one kernel of dropout and its neighbours anyway.
     if modes.is_dynamo_compiling():
         return False
-    return type(module) is nn.Dropout and is_called_plainly(module) and _is_readable(x)
+    return type(module) is nn.Dropout and is_called_plainly(module) and is_readable(x)
 
 
 def _takes(module: Any, x: Tensor) -> bool:
@@ -75,7 +75,7 @@ def _takes(module: Any, x: Tensor) -> bool:
     return 0 < module.p <= 1 and not module.inplace and x.numel() >= FEWEST_ELEMENTS
 
 
-def _is_readable(x: Tensor) -> bool:
+def is_readable(x: Tensor) -> bool:
     """Whether the kernel can read the tensor, and nobody watches the call."""
     return (
         _C is not None
@@ -115,7 +115,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor):
         (seed,) = ctx.saved_tensors
-        if not modes.is_dynamo_compiling() and _is_readable(dout):
+        if not modes.is_dynamo_compiling() and is_readable(dout):
             return _drop(dout, seed, ctx.p), None, None
         return dout * survivors(seed, ctx.p, dout.shape) * dropout.scale(ctx.p), None, None
 
@@ -138,7 +138,7 @@ class _DropoutAfterRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor):
         (out,) = ctx.saved_tensors
-        if modes.is_dynamo_compiling() or is_grad_enabled() or not _is_readable(dout):
+        if modes.is_dynamo_compiling() or is_grad_enabled() or not is_readable(dout):
             return (dout * dropout.scale(ctx.p)).masked_fill(out <= 0, 0.0), None, None, None
         dout, out = dout.contiguous(), out.contiguous()  # hooks may have stored `out` in another way
         dx = empty(dout.shape, dtype=dout.dtype)

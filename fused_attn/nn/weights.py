@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_attn.attention import dropout, formula
-from fused_attn.attention.masks import Positions
+from fused_attn.attention import formula
+from fused_attn.nn.weights_dropout import drop_weights
 
 
 def attention_weights(
@@ -45,7 +45,7 @@ def attention_weights(
     Returns:
         (B, H, L, S), of the dtype of lse. A row that sees no key is zero.
     """
-    batch, num_heads, seqlen_q, _ = query.shape
+    _, num_heads, seqlen_q, _ = query.shape
     seqlen_k, device = key.shape[2], query.device
     is_padding = None
     if key_padding_mask is not None:
@@ -76,7 +76,5 @@ def attention_weights(
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     if dropout_p:
         assert dropout_seed is not None, "dropout_p needs the seed that forward has drawn"
-        queries, keys = (Positions(index, torch.zeros_like(index)) for index in (rows, columns))
-        dropout_keep = dropout.keep_mask(dropout_seed, dropout_p, batch, num_heads, queries, keys)
-        weights = weights * dropout_keep * dropout.scale(dropout_p)
+        return drop_weights(weights, dropout_seed, dropout_p)
     return weights
