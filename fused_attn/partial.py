@@ -48,6 +48,10 @@ class PackedRows(NamedTuple):
     max_seqlen_k: int
 
 
+#: Offsets are below this number, so that kernels add positions in 32 bits, and Philox counts them.
+_MOST = 2**30
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartialOptions:
     """The options of a part. Those without a comment have the meaning that they have in `fused_attention`."""
@@ -277,8 +281,9 @@ def _planned(
     """(the problem, its tensors, the columns of the relative bias that belong to the part, keys added in front)."""
     check_rank_4(query, key, value)
     for name in ("query_offset", "key_offset", "batch_offset", "head_offset"):
-        if not isinstance(offset := getattr(options, name), int) or isinstance(offset, bool) or offset < 0:
-            raise checks.fail(name, "an int of at least 0", repr(offset))
+        offset = getattr(options, name)
+        if not isinstance(offset, int) or isinstance(offset, bool) or not 0 <= offset < _MOST:
+            raise checks.fail(name, f"an int from 0 to {_MOST - 1}", repr(offset))
     if options.seqlen_q is not None:
         checks.check_seqlen("seqlen_q", options.seqlen_q)
     if options.packed is not None and not isinstance(options.packed, PackedRows):

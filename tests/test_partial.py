@@ -260,8 +260,9 @@ def test_errors_of_packed_rows(options: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"query_offset": -1}, "query_offset: expected an int of at least 0, got -1"),
-        ({"key_offset": 1.5}, "key_offset: expected an int of at least 0, got 1.5"),
+        ({"query_offset": -1}, "query_offset: expected an int from 0 to 1073741823, got -1"),
+        ({"batch_offset": 2**30}, "batch_offset: expected an int from 0 to 1073741823, got 1073741824"),
+        ({"key_offset": 1.5}, "key_offset: expected an int from 0 to 1073741823, got 1.5"),
         ({"dropout_p": 0.5}, "dropout_seed: expected a seed, which all parts share, got None"),
         ({"relative_bias": torch.zeros(4)}, "seqlen_q: expected an int, as relative_bias has an even number"),
         ({"relative_bias": torch.zeros(5), "key_offset": 3}, "relative_bias: expected the L \\+ S - 1 columns"),

@@ -24,7 +24,7 @@ def drop_weights(weights: Tensor, seed: Tensor, p: float) -> Tensor:
     seed: 0-d int64
     p: the dropout_p of the call, rounded as `dropout.threshold` says
     """
-    if modes.is_dynamo_compiling() or not is_readable(weights):
+    if modes.is_dynamo_compiling() or not is_readable(weights) or weights.numel() == 0:
         return weights * _survivors(weights.shape, seed, p) * dropout.scale(p)
     return _apply(weights, seed, p) if is_grad_enabled() and weights.requires_grad else _run_kernel(weights, seed, p)
 
