@@ -192,14 +192,16 @@ def test_tma_loads_pages_of_whole_groups_of_rows(
 @pytest.mark.parametrize(
     ("file", "constant", "number"),
     [
-        ("tiles.h", "kLeastPieceRows", hardware.PAGE_STEP),
-        ("decode.h", "kMaxDecodeTiles", cuda_splits.MAX_DECODE_TILES),
-        ("decode.h", "kDecodeRows", cuda_splits.DECODE_ROWS),
+        ("tiles.h", "int kLeastPieceRows", hardware.PAGE_STEP),
+        ("decode.h", "int kMaxDecodeTiles", cuda_splits.MAX_DECODE_TILES),
+        ("decode.h", "int kDecodeRows", cuda_splits.DECODE_ROWS),
+        ("params.h", "int32_t kKeyBlock", cuda_splits.FUSED_KEY_BLOCK),
+        ("params.h", "int32_t kMaxRows", f"1 << {cuda.MAX_ROWS.bit_length() - 1}"),
     ],
 )
-def test_numbers_that_the_backend_shares_with_the_kernels(file: str, constant: str, number: int) -> None:
+def test_numbers_that_the_backend_shares_with_the_kernels(file: str, constant: str, number: int | str) -> None:
     text = (Path(__file__).parents[2] / "csrc" / "cuda" / file).read_text()
-    assert f"constexpr int {constant} = {number};" in text
+    assert f"constexpr {constant} = {number};" in text
 
 
 @pytest.mark.parametrize("relative_bias", [cases.per_head_bias, cases.shared_bias], ids=["per-head", "shared"])
