@@ -111,8 +111,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         relative_bias: a callable from ``(seqlen_q, seqlen_k)`` to a bias (H, L + S - 1), one entry for each distance
             between query and key; see `fused_attention`. `T5RelativeBias` is such a callable.
         skip_padded_queries: leave out the queries, too, that key_padding_mask ignores as keys, where one tensor is
-            query and key. Their output is then the bias of ``out_proj``, and no gradient flows through their attention.
-            All other rows stay the same. The option saves time in long batches of unequal lengths, whose padded rows
+            query and key. Their output is then the bias of ``out_proj``, and the gradients of their scores are 0.
+            The output of all other rows stays the same. NaN in a padded row can still reach the gradients of other
+            rows, because 0 * NaN is NaN. The option saves time in long batches of unequal lengths, whose padded rows
             nobody reads. Three kinds of calls compute the padded rows nevertheless: with weights (``need_weights``,
             which is True by default), with a cache, or with a floating-point attn_mask that is not causal.
         backend: see `fused_attention`.
@@ -124,6 +125,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     """
 
     skip_padded_queries = False  # for modules that were pickled before there was this option
+    _group_size = 1  # the number of heads of queries for each head of keys and values
 
     def __init__(
         self,
@@ -176,7 +178,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 "relative_bias: expected None with add_bias_kv or add_zero_attn, whose rows are at no distance from "
                 f"a query, got {type(relative_bias).__name__}"
             )
-        self.num_kv_heads = num_kv_heads or num_heads
+        self._group_size = num_heads // (num_kv_heads or num_heads)
         self.rotary = _rotary(rotary, self.head_dim)
         self.relative_bias = relative_bias
         self.skip_padded_queries = skip_padded_queries
@@ -219,11 +221,42 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         fused.__dict__.update(module.__dict__)
         # If module.compile() was called, its result would call the old module.
         fused.__dict__.pop("_compiled_call_impl", None)
-        fused.num_kv_heads = module.num_heads
+        fused.__dict__.pop("head_dim", None)  # a property here
         fused.rotary = fused.relative_bias = None
         fused.skip_padded_queries = skip_padded_queries
         fused.backend = backend
         return fused
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Modules that were pickled before these two were properties
+        num_kv_heads = self.__dict__.pop("num_kv_heads", None)
+        self.__dict__.pop("head_dim", None)
+        if num_kv_heads is not None:
+            self._group_size = self.num_heads // num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """D. The parent class divides in every call, so num_heads may be changed after construction."""
+        return self.embed_dim // self.num_heads
+
+    @head_dim.setter
+    def head_dim(self, head_dim: int) -> None:
+        # The constructor of the parent class sets the attribute, and so do tools that change num_heads.
+        if head_dim != self.head_dim:
+            raise ValueError(f"head_dim: expected embed_dim // num_heads = {self.head_dim}, got {head_dim}")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv. If num_heads is changed after construction, this number changes by the same factor."""
+        return self.num_heads // self._group_size
+
+    @num_kv_heads.setter
+    def num_kv_heads(self, num_kv_heads: int) -> None:
+        if num_kv_heads != self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected {self.num_kv_heads}, for which the projections were made, got {num_kv_heads}"
+            )
 
     def forward(
         self,
@@ -261,7 +294,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 key_padding_mask must be None. With a `PagedSelfAttentionCache`, key_padding_mask must be None, too.
                 Such a cache is for inference only.
                 A `CrossAttentionCache` keeps the projections of the first `key` and `value`. Later calls must bring the
-                same `key`.
+                same `key`, which nobody has written in place since. Their `value` is not read.
 
         Two kinds of nested tensors (N, length, E) are accepted:
 
@@ -295,6 +328,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             checks.check_flags(
                 need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal
             )
+        if self.embed_dim % self.num_heads or self.num_heads % self._group_size:
+            self._check_heads()
         if jagged.is_nested(query, key, value):
             is_strided = query is key and key is value and query.layout == torch.strided
             self._check_nested(key_padding_mask, need_weights, attn_mask, cache, is_strided)
@@ -524,6 +559,15 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             if is_set:
                 raise ValueError(f"query: expected a dense tensor in a module with {option}, got a nested tensor")
 
+    def _check_heads(self) -> None:
+        """Raises ValueError if num_heads was changed after construction to a number that does not fit."""
+        check_divides("num_heads", self.num_heads, "embed_dim", self.embed_dim)
+        if self.num_heads % self._group_size:
+            raise ValueError(
+                f"num_heads: expected a multiple of {self._group_size}, the number of heads for each head of keys, "
+                f"got {self.num_heads}"
+            )
+
     def _check_inputs(
         self,
         query: Tensor,
@@ -739,6 +783,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             TypeError, ValueError: the bias is no tensor, or its dtype, device or shape does not fit.
         """
         by_distance: Any = self.relative_bias
+        if isinstance(seqlen_q, Tensor) or isinstance(seqlen_k, Tensor):
+            # torch.jit.trace makes tensors of lengths. The callable takes ints, so the trace is for these lengths only.
+            seqlen_q, seqlen_k = int(seqlen_q), int(seqlen_k)
         bias = by_distance(seqlen_q, seqlen_k)
         metas = checks.meta("relative_bias", bias), checks.meta("query", q)
         checks.check_relative_bias(*metas, self.num_heads, seqlen_q, seqlen_k)

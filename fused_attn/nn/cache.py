@@ -18,8 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_attn import modes
 from fused_attn.attention import checks
-from fused_attn.nn.cache_checks import WritableCopies, as_writable, check_count, check_indices, check_pair
+from fused_attn.nn.cache_checks import (
+    WritableCopies,
+    as_writable,
+    check_count,
+    check_indices,
+    check_pair,
+    check_target,
+    select_entries,
+)
 from fused_attn.nn.paged_cache import PagedKVCache
 from fused_attn.nn.paged_self_attention import PagedSelfAttentionCache
 from fused_attn.nn.self_attention_cache import (
@@ -48,6 +57,11 @@ class CrossAttentionCache(WritableCopies):
     def __init__(self):
         self._pair: tuple[Tensor, Tensor] | None = None
         self._memory: Tensor | None = None
+        self._version: int | None = None  # of the memory; see `_version_of`
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._version = _version_of(self._memory)  # a copy of a tensor counts anew
 
     def __len__(self) -> int:
         """Number of rows of the memory; 0 before the first step."""
@@ -67,7 +81,7 @@ class CrossAttentionCache(WritableCopies):
                 traced graph, only the sizes are compared.
 
         Raises:
-            ValueError: the cache was filled with another memory.
+            ValueError: the cache was filled with another memory, or the memory was written in place since.
         """
         if self._pair is not None and memory is not None:
             self._check_memory(memory, batch=self._pair[0].shape[0])
@@ -90,7 +104,7 @@ class CrossAttentionCache(WritableCopies):
         check_pair(key, value)
         if self._pair is not None:
             raise RuntimeError("cross_attention cache: filled already; use a new KVCache for another memory")
-        self._pair, self._memory = (key, value), memory
+        self._pair, self._memory, self._version = (key, value), memory, _version_of(memory)
         return self._pair
 
     def reorder(self, indices: Tensor) -> None:
@@ -98,11 +112,12 @@ class CrossAttentionCache(WritableCopies):
         check_indices(indices)
         if self._pair is not None:
             key, value = self._pair
-            self._pair = key.index_select(0, indices), value.index_select(0, indices)
+            self._pair = select_entries(key, indices), select_entries(value, indices)
             self._memory = None  # the next step brings the memory in the new order
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """Move or convert the rows; see `KVCache.to`."""
+        check_target(device, dtype)
         if self._pair is not None:
             key, value = self._pair
             self._pair = key.to(device, dtype), value.to(device, dtype)
@@ -110,17 +125,23 @@ class CrossAttentionCache(WritableCopies):
 
     def state(self) -> tuple[Any, ...]:
         """What `restore` needs."""
-        return self._pair, self._memory
+        return self._pair, self._memory, self._version
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Be what the cache was when `state` was called."""
-        self._pair, self._memory = state
+        self._pair, self._memory, self._version = state
 
     def _check_memory(self, memory: Tensor, batch: int) -> None:
         """Raises ValueError if memory is not the memory that filled the cache.
 
         batch: the batch size of the cache
         """
+        version = _version_of(self._memory)
+        if version is not None and self._version is not None and version != self._version:
+            raise ValueError(
+                "memory: expected the one that the cache was filled with, got one that was written in place since; "
+                "use a new cache for another memory"
+            )
         if memory is self._memory:
             return
         length = self.length
@@ -135,7 +156,7 @@ class CrossAttentionCache(WritableCopies):
                 f"memory: expected the one that the cache was filled with, got another of shape {tuple(memory.shape)}; "
                 "use a new cache for another memory"
             )
-        self._memory = memory
+        self._memory, self._version = memory, _version_of(memory)
 
 
 class LayerCache:
@@ -255,6 +276,8 @@ class KVCache:
                 change places among the beams of one source.
 
         Raises:
+            IndexError: on a CPU, an index is outside of [0, B). On a GPU, the kernel stops with an error. A
+                `PagedBatch` raises ValueError.
             TypeError: indices is no tensor, or include_cross_attention is no bool.
             ValueError: indices has another shape or dtype.
         """
@@ -283,7 +306,12 @@ class KVCache:
 
         Returns:
             The cache.
+
+        Raises:
+            TypeError: device or dtype is of another type than torch takes.
+            RuntimeError: there is no device of this name.
         """
+        check_target(device, dtype)
         for layer in self.layers:
             layer.self_attention.to(device, dtype)
             layer.cross_attention.to(device, dtype)
@@ -425,6 +453,16 @@ class PagedBatch(KVCache):
     def sequences(self) -> list[int]:
         """The sequences of the batch. `reorder` gives them new numbers."""
         return self._parts[0].sequences
+
+
+def _version_of(memory: Tensor | None) -> int | None:
+    """How often the memory, or a tensor that shares its storage, was written in place; None if nobody counts.
+
+    Tensors of inference mode have no counter. In a traced graph, reading the counter would be an operator.
+    """
+    if memory is None or modes.is_dynamo_compiling() or memory.is_inference():
+        return None
+    return memory._version
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:

@@ -79,6 +79,35 @@ def check_indices(indices: Tensor) -> None:
         )
 
 
+def select_entries(x: Tensor, indices: Tensor) -> Tensor:
+    """The batch entries `indices` (new B,) of x (B, ...).
+
+    Raises:
+        IndexError: on a CPU, an index is outside of [0, B). On a GPU, the kernel stops with an error.
+    """
+    try:
+        return x.index_select(0, indices)
+    except IndexError as error:  # torch has found the index already, so a call without an error pays for no check
+        wrong = indices[(indices < 0) | (indices >= x.shape[0])].tolist()
+        raise IndexError(f"indices: expected numbers of [0, {x.shape[0]}), got {wrong[0]}") from error
+
+
+def check_target(device: Any, dtype: Any) -> None:
+    """Raises what ``torch.Tensor.to`` raises, also for a cache that is empty.
+
+    Raises:
+        TypeError: device or dtype is of another type than torch takes.
+        RuntimeError: there is no device of this name.
+    """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise checks.wrong_type("dtype", "None or a torch.dtype", dtype)
+    if device is None or isinstance(device, torch.device):
+        return
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        raise checks.wrong_type("device", "None, a torch.device or the name of one", device)
+    torch.device(device)
+
+
 def check_pair(key: Tensor, value: Tensor) -> None:
     """Raises TypeError or ValueError unless key is (B, Hkv, L, D) and value is (B, Hkv, L, Dv)."""
     checks.check_tensor("key", key)

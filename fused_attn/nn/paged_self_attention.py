@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_attn.nn.cache_checks import check_indices, checked_length
+from fused_attn.nn.cache_checks import check_indices, check_target, checked_length
 from fused_attn.nn.paged_cache import PagedKVCache
 
 
@@ -93,6 +93,7 @@ class PagedSelfAttentionCache:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """Move or convert all pages, also those of other sequences; see `KVCache.to`."""
+        check_target(device, dtype)
         self._pages.to(device, dtype)
 
     def state(self) -> int:

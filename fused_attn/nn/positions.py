@@ -52,8 +52,14 @@ class RotaryEmbedding(nn.Module):
 
         Returns:
             A tensor of the shape and dtype of x.
+
+        Raises:
+            TypeError: x is no tensor.
+            ValueError: x does not have D columns.
         """
         checks.check_tensor("x", x)
+        if x.shape[-1] != self.head_dim:
+            raise ValueError(f"x: expected head_dim={self.head_dim} columns, got shape {tuple(x.shape)}")
         dtype = torch.promote_types(x.dtype, torch.float32)
         seq_dim %= x.dim()
         exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=dtype) / self.head_dim

@@ -20,8 +20,10 @@ from fused_attn.nn.cache_checks import (
     check_count,
     check_indices,
     check_pair,
+    check_target,
     checked_length,
     checked_lengths,
+    select_entries,
 )
 
 #: Rows of the first buffer of a growing cache without max_length. The buffer doubles whenever it is full.
@@ -60,7 +62,8 @@ class SelfAttentionCache(WritableCopies):
     step copies its own rows and, on average, at most one older row for each of these.
 
     With gradients enabled, every step concatenates, which copies all rows. Autograd needs the tensors of earlier steps
-    unchanged, even if only a query has a gradient. So decode under ``torch.no_grad()`` if you need no gradient.
+    unchanged, even if only a query has a gradient. So decode under ``torch.no_grad()`` if you need no gradient. A step
+    without gradients after one with gradients copies the rows, too. Later steps then send no gradient to older rows.
 
     Args:
         max_length: the most rows. None means no limit.
@@ -143,10 +146,12 @@ class SelfAttentionCache(WritableCopies):
         if self._keys is not None and self._values is not None:
             self._keys = self._selected(self._keys, indices)
             self._values = self._selected(self._values, indices)
-            self._is_writable = True
+            # The new buffers belong to the cache alone, unless autograd has recorded how they were made.
+            self._is_writable = not (self._keys.requires_grad or self._values.requires_grad)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """Move or convert the rows; see `KVCache.to`."""
+        check_target(device, dtype)
         if self._keys is not None and self._values is not None:
             with torch.inference_mode(False):
                 self._keys, self._values = self._keys.to(device, dtype), self._values.to(device, dtype)
@@ -181,7 +186,7 @@ class SelfAttentionCache(WritableCopies):
         """A new buffer whose batch entry n is the entry ``indices[n]`` of the given one."""
         # This makes a new buffer, because views of the old one may still be in use. Only filled rows are copied.
         selected = _empty(buffer, indices.shape[0], buffer.shape[2])
-        selected[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, indices)
+        selected[:, :, : self.length] = select_entries(buffer[:, :, : self.length], indices)
         return selected
 
 
@@ -303,10 +308,11 @@ class StaticSelfAttentionCache(WritableCopies):
         if indices.shape[0] != batch:
             raise ValueError(f"indices: expected the batch size of a static cache, {batch}, got {indices.shape[0]}")
         for x in self._rows.contents():
-            x.copy_(x.index_select(0, indices))
+            x.copy_(select_entries(x, indices))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         """Move or convert the rows; see `KVCache.to`."""
+        check_target(device, dtype)
         if self._rows is not None:
             self._rows = self._rows.to(device, dtype)
 

@@ -186,7 +186,13 @@ def _is_plain_parameter(module: nn.Module, name: str) -> bool:
     """Whether the native call can read a parameter of the module, or the parameter is None (a bias that is off)."""
     # None is a bias that is off. False means that the module has no parameter of this name any more.
     x = module._parameters.get(name, False)
-    return x is None or (type(x) is nn.Parameter and x.is_cpu and x.layout is torch.strided and x.is_contiguous())
+    return x is None or (
+        type(x) is nn.Parameter
+        and x.is_cpu
+        and x.layout is torch.strided
+        and x.is_contiguous()
+        and not x.is_neg()  # then the memory holds the negative values
+    )
 
 
 def _takes_options(module: nn.MultiheadAttention) -> bool:
@@ -198,14 +204,21 @@ def _takes_options(module: nn.MultiheadAttention) -> bool:
         and module.bias_k is None
         and not module.add_zero_attn
         and module.backend in (None, "cpu")
-        and module.head_dim <= MAX_HEAD_DIM
+        and module.embed_dim <= MAX_HEAD_DIM * module.num_heads
     )
 
 
 def _takes_input(module: nn.MultiheadAttention, x: Tensor) -> bool:
-    """Whether the native call can read x (N, L, E)."""
+    """Whether the native call can read x (N, L, E), and the parameters have the shapes that it expects.
+
+    Parameters of other shapes go the general way, which does what torch does with them. For example, torch broadcasts a
+    bias of one element, and takes an ``out_proj`` with another number of features.
+    """
     out_proj: Any = module._modules["out_proj"]
     weight, out_weight = module._parameters["in_proj_weight"], out_proj._parameters["weight"]
+    bias, out_bias = module._parameters["in_proj_bias"], out_proj._parameters["bias"]
+    features = module.embed_dim
+    rows = features + 2 * (features // module._group_size)  # if num_heads does not fit, the native call raises
     return (
         weight is not None  # None if kdim or vdim differs from embed_dim
         and type(x) is Tensor
@@ -214,7 +227,11 @@ def _takes_input(module: nn.MultiheadAttention, x: Tensor) -> bool:
         and x.dtype == weight.dtype == out_weight.dtype
         and x.dtype in DTYPES
         and x.is_contiguous()
-        and x.shape[-1] == module.embed_dim
+        and x.shape[-1] == features
+        and weight.shape == (rows, features)
+        and (bias is None or bias.shape == (rows,))
+        and out_weight.shape == (features, features)
+        and (out_bias is None or out_bias.shape == (features,))
         and x.numel() > 0
         and not x.is_neg()
     )

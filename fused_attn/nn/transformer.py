@@ -222,6 +222,7 @@ class TransformerEncoder(nn.TransformerEncoder):
                 return node
         checks.check_tensor("src", src)
         checks.check_tensors(mask=mask, src_key_padding_mask=src_key_padding_mask)
+        _check_compared("mask", mask)
         _check_hint("is_causal", is_causal)
         if src.is_nested:
             raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
@@ -487,6 +488,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         checks.check_tensor("tgt", tgt)
         checks.check_tensor("memory", memory)
         _check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
+        _check_compared("tgt_mask", tgt_mask)
         _check_hint("tgt_is_causal", tgt_is_causal)
         seqlen = _seqlen(tgt, self.layers)
         if cache is None and not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
@@ -687,6 +689,8 @@ class Transformer(nn.Transformer):
         _check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
         checks.check_tensor("src", src)
         checks.check_tensors(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
+        _check_compared("src_mask", src_mask)
+        _check_compared("tgt_mask", tgt_mask)
         _check_hint("src_is_causal", src_is_causal)
         _check_hint("tgt_is_causal", tgt_is_causal)
         batch_dim = 0 if self.batch_first else 1
@@ -767,6 +771,15 @@ def _check_hint(name: str, is_causal: bool | None) -> None:
     """Raises TypeError unless the hint is None or a bool."""
     if is_causal is not None:
         checks.check_flag(name, is_causal)
+
+
+def _check_compared(name: str, mask: Tensor | None) -> None:
+    """Raises AssertionError if a mask is neither bool nor floating point.
+
+    Attention would raise this error, too, but only after a stack has compared the mask with the causal mask.
+    """
+    if mask is not None and causal_bias(mask) is None:
+        check_mask_dtype(name, mask)
 
 
 def _check_decoder_masks(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fused_attn.nn import FusedMultiheadAttention, SlidingSelfAttentionCache, StaticSelfAttentionCache
-from fused_attn.nn.cache import CrossAttentionCache, KVCache, SelfAttentionCache
+from fused_attn.nn.cache import CrossAttentionCache, KVCache, SelfAttentionCache, SlidingKVCache, StaticKVCache
 
 
 def rows(length: int, batch: int = 2, heads: int = 3, columns: int = 4) -> torch.Tensor:
@@ -72,6 +72,25 @@ def test_steps_with_and_without_gradients_mix():
         with torch.set_grad_enabled(n % 2 == 0):
             keys, _ = cache.update(step, step)
     assert torch.equal(keys, torch.cat(steps, dim=2))
+
+
+@pytest.mark.parametrize("reorders", [False, True])
+def test_a_step_without_gradients_leaves_the_graph_of_earlier_rows_alone(reorders: bool) -> None:
+    """Rows that are overwritten after a crop must not get the gradient of the rows that take their place."""
+    cache, given = SelfAttentionCache(), rows(4).requires_grad_()
+    earlier, _ = cache.update(given, given)
+    if reorders:
+        cache.reorder(torch.tensor([0, 1]))
+    cache.crop(2)
+    new = rows(1)
+    with torch.no_grad():
+        cache.update(new, new)
+    last = rows(1).requires_grad_()
+    keys, _ = cache.update(last, last)
+    assert torch.equal(keys, torch.cat((given[:, :, :2], new, last), dim=2))
+    older, newest = torch.autograd.grad(keys.sum(), (given, last), allow_unused=True)
+    assert older is None and torch.equal(newest, torch.ones_like(last))
+    assert torch.equal(torch.autograd.grad(earlier.sum(), given)[0], torch.ones_like(given))
 
 
 @pytest.mark.parametrize("is_expanded", [False, True], ids=["same-tensor", "expanded"])
@@ -169,6 +188,34 @@ def test_another_memory_raises():
         cache.get(reordered + 1)
 
 
+def test_a_memory_that_was_written_in_place_raises() -> None:
+    module, cache = FusedMultiheadAttention(8, 2, batch_first=True).eval(), CrossAttentionCache()
+    memory, x = torch.randn(2, 5, 8), torch.randn(2, 1, 8)
+    with torch.no_grad():
+        expected, _ = module(x, memory, memory, need_weights=False, cache=cache)
+        copied = copy.deepcopy(cache)
+        state = cache.state()
+        written = memory.clone()
+        assert cache.get(written) is not None  # the cache compares later memories with this one
+        written.mul_(2)
+        message = "memory: expected the one that the cache was filled with, got one that was written in place since"
+        for other in (written, memory):
+            with pytest.raises(ValueError, match=message):
+                module(x, other, other, need_weights=False, cache=cache)
+        cache.restore(state)
+        torch.testing.assert_close(module(x, memory, memory, need_weights=False, cache=cache)[0], expected)
+        torch.testing.assert_close(module(x, memory, memory, need_weights=False, cache=copied)[0], expected)
+
+
+def test_a_memory_of_inference_mode_is_served() -> None:
+    """A tensor of inference mode does not count how often it was written."""
+    module, cache = FusedMultiheadAttention(8, 2, batch_first=True).eval(), CrossAttentionCache()
+    with torch.inference_mode():
+        memory, x = torch.randn(2, 5, 8), torch.randn(2, 1, 8)
+        first, second = (module(x, memory, memory, need_weights=False, cache=cache)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
+
+
 def test_len_counts_layers():
     assert len(KVCache(4)) == 4 == len(KVCache(4).layers)
     assert not KVCache(4).layers[0].self_attention.is_filled_once
@@ -212,6 +259,38 @@ def test_errors_of_arguments():
     for indices in (torch.zeros(2), torch.zeros(1, 1, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"indices: expected integers of shape \(B,\)"):
             KVCache(1).reorder(indices)
+
+
+@pytest.mark.parametrize("part", ["self_attention", "cross_attention"])
+@pytest.mark.parametrize("kind", ["growing", "static", "sliding"])
+@pytest.mark.parametrize("wrong", [2, -1])
+@torch.no_grad()
+def test_indices_outside_of_the_batch(kind: str, part: str, wrong: int) -> None:
+    cache = {"growing": KVCache(1), "static": StaticKVCache(1, 4), "sliding": SlidingKVCache(1, 4)}[kind]
+    layer, row = cache.layers[0], rows(1)
+    layer.self_attention.append(row, row) if part == "self_attention" else layer.cross_attention.update(row, row)
+    with pytest.raises(IndexError, match=rf"indices: expected numbers of \[0, 2\), got {wrong}"):
+        cache.reorder(torch.tensor([0, wrong]))
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "exception", "message"),
+    [
+        ({"dtype": "float32"}, TypeError, "dtype: expected None or a torch.dtype, got str 'float32'"),
+        ({"device": 1.5}, TypeError, "device: expected None, a torch.device or the name of one, got float 1.5"),
+        ({"device": "nowhere"}, RuntimeError, "nowhere"),
+    ],
+)
+@torch.no_grad()
+def test_a_cache_is_moved_only_where_torch_moves_tensors(is_filled, arguments, exception, message) -> None:
+    for cache in (KVCache(1), StaticKVCache(1, 4)):
+        if is_filled:
+            cache.layers[0].self_attention.append(rows(1), rows(1))
+        layer = cache.layers[0]
+        for moved in (cache, layer.self_attention, layer.cross_attention):
+            with pytest.raises(exception, match=message):
+                moved.to(**arguments)
 
 
 CACHES = {

@@ -431,3 +431,27 @@ def test_the_cross_attention_cache_of_another_module_kind(calls: list[str]) -> N
         strided.update(*(k.transpose(2, 3).contiguous().transpose(2, 3) for k in cache.get()), memory)
         torch.testing.assert_close(module(x, memory, memory, need_weights=False, cache=strided)[0], expected)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", [StaticSelfAttentionCache, CrossAttentionCache])
+@pytest.mark.parametrize("change", ["features", "bias", "negated"])
+def test_a_step_with_parameters_that_only_torch_takes(kind: type, change: str, calls: list[str]) -> None:
+    module = FusedMultiheadAttention(8, 2, batch_first=True).eval()
+    if change == "features":
+        module.out_proj = nn.Linear(8, 7)
+    elif change == "bias":
+        module.out_proj.bias = nn.Parameter(torch.randn(1))
+    else:
+        module.in_proj_weight = nn.Parameter(torch._neg_view(torch.randn(24, 8)))
+    memory, x = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    is_self = kind is StaticSelfAttentionCache
+    cache = StaticSelfAttentionCache(4) if is_self else CrossAttentionCache()
+    keys = x if is_self else memory
+    expected, _ = module(x, keys, keys, need_weights=False, is_causal=is_self)
+    with torch.no_grad():
+        steps = [
+            module(row, *(row, row) if is_self else (memory, memory), need_weights=False, cache=cache)[0]
+            for row in x.split(1, dim=1)
+        ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected)
+    assert not calls

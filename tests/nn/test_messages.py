@@ -554,3 +554,19 @@ def test_weights_of_meta_tensors_have_shapes(options, mask) -> None:
         assert out.is_meta
         assert out.shape == x.shape
         assert weights.shape == ((2, 5, keys) if is_averaged else (2, 2, 5, keys))
+
+
+@pytest.mark.parametrize("name", ["mask", "tgt_mask of a decoder", "src_mask", "tgt_mask"])
+@pytest.mark.parametrize("is_causal", [None, True, False])
+def test_a_mask_of_integers_is_refused_by_a_stack_as_by_a_layer(name: str, is_causal: bool | None) -> None:
+    x, mask = torch.randn(3, 1, 8), torch.ones(3, 3).triu(1).long()
+    argument = name.split()[0]
+    options = {argument: mask, argument.replace("mask", "is_causal"): is_causal}
+    if name == "mask":
+        model, inputs = TransformerEncoder(fused_attn.TransformerEncoderLayer(8, 2, 16), 2), (x,)
+    elif name.endswith("decoder"):
+        model, inputs = TransformerDecoder(fused_attn.TransformerDecoderLayer(8, 2, 16), 2), (x, x)
+    else:
+        model, inputs = Transformer(8, 2, 1, 1, 16), (x, x)
+    with pytest.raises(AssertionError, match=rf"^{argument}: expected bool or floating point, got torch\.int64"):
+        model(*inputs, **options)

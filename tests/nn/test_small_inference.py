@@ -186,6 +186,36 @@ def _bias_of_a_subclass(module, x):
     return module, x
 
 
+def _other_features(module, x):
+    module.out_proj = nn.Linear(16, 7)
+    return module, x
+
+
+def _out_bias_of_one_element(module, x):
+    module.out_proj.bias = nn.Parameter(torch.randn(1))
+    return module, x
+
+
+def _in_bias_of_one_element(module, x):
+    module.in_proj_bias = nn.Parameter(torch.randn(1))
+    return module, x
+
+
+def _negated_in_weight(module, x):
+    module.in_proj_weight = nn.Parameter(torch._neg_view(torch.randn(48, 16)))
+    return module, x
+
+
+def _negated_in_bias(module, x):
+    module.in_proj_bias = nn.Parameter(torch._neg_view(torch.randn(48)))
+    return module, x
+
+
+def _negated_out_weight(module, x):
+    module.out_proj.weight = nn.Parameter(torch._neg_view(torch.randn(16, 16)))
+    return module, x
+
+
 class Shifted(FusedMultiheadAttention):
     def _split_heads(self, x, seq_dim, position=None):
         return super()._split_heads(x + 1, seq_dim, position)
@@ -199,7 +229,8 @@ def _subclass(module, x):
 CHANGES = [
     _long, _transposed, _hooked, _replaced, _on_the_reference, _in_dropout, _replaced_forward, _offloaded,
     _offloaded_by_hooks, _old_style_hooked, _hooked_backward, _compiled, _parametrised, _pruned, _merged,
-    _weight_of_a_subclass, _bias_of_a_subclass, _subclass,
+    _weight_of_a_subclass, _bias_of_a_subclass, _other_features, _out_bias_of_one_element, _in_bias_of_one_element,
+    _negated_in_weight, _negated_in_bias, _negated_out_weight, _subclass,
 ]  # fmt: skip
 
 

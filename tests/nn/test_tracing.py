@@ -17,6 +17,7 @@ from fused_attn import (
     fused_attention_varlen,
     t5_relative_bias,
 )
+from fused_attn.nn import T5RelativeBias
 
 pytestmark = pytest.mark.quick
 
@@ -153,3 +154,26 @@ def test_packed_sequences() -> None:
     assert targets(graph, "call_function") == [fused_attention_varlen]
     rows, offsets = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
     assert torch.equal(graph(rows, offsets), function(rows, offsets))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_jit_traces_a_relative_bias() -> None:
+    """The trace is for the lengths of its example. Others raise an error."""
+
+    class SelfAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            bias = T5RelativeBias(num_heads=2)
+            nn.init.normal_(bias.weight)
+            self.attention = FusedMultiheadAttention(8, 2, batch_first=True, relative_bias=bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    module, x = SelfAttention(), torch.randn(2, 5, 8)
+    traced = torch.jit.trace(module, x)
+    y = torch.randn(3, 5, 8)
+    torch.testing.assert_close(traced(y), module(y))
+    with pytest.raises(RuntimeError, match="relative_bias: expected shape"):
+        traced(torch.randn(2, 7, 8))
