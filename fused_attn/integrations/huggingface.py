@@ -21,7 +21,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
+import warnings
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
@@ -78,8 +81,8 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
       again.
     - ``model.set_attn_implementation("eager")`` goes back. Up to transformers 5.17, call this on T5's encoder and on
       its decoder, too. GPT-1 cannot go back.
-    - Attention weights are never formed, so ``output_attentions=True`` raises ValueError. GPT-2 ignores this option and
-      returns no weights.
+    - Attention weights are never formed, so ``output_attentions=True`` raises ValueError. Models that do not pass this
+      option to their attention function, such as GPT-2, return no weights.
 
     Args:
         model: a ``PreTrainedModel``, or a module that contains some.
@@ -92,6 +95,9 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
         TypeError: `model` is no module, or contains no transformers model.
         ValueError: there is no backend of this name, or a model has attention of its own, which would ignore the choice
             or misread the masks. The model has not been changed.
+
+    Warns:
+        UserWarning: a part of a model has attention of its own, and keeps it. The message names the classes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -103,11 +109,16 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     gpt1: list[Any] = [module for module in model.modules() if _is_gpt1_attention(module)]
     switchable = [module for module in pretrained if not _is_gpt1(module)]
     refused = sorted({type(module).__name__ for module in switchable if not _is_switchable(module)})
+    own = _classes_with_own_attention(model)
+    if not gpt1 and not any(_looks_up(cls, (_INTERFACE,)) for cls in {type(module) for module in model.modules()}):
+        refused += own
     if refused:
         raise ValueError(
             f"model: expected models that leave the choice of attention to transformers' AttentionInterface, got "
             f"{', '.join(refused)}, whose own attention would ignore the fused kernel or misread its masks"
         )
+    if own:
+        warnings.warn(f"model: {', '.join(own)} keep attention of their own, without the fused kernel", stacklevel=2)
     name = NAME if backend is None else f"{NAME}.{backend}"
     before = [module.config._attn_implementation for module in switchable]
     try:
@@ -477,6 +488,32 @@ def _with_position_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
 def _is_switchable(model: PreTrainedModel) -> bool:
     """Whether the attention of a model can be chosen by name, and reads our masks correctly."""
     return model._can_set_attn_implementation() and _kind(model.config) not in _MISREADS_MASKS
+
+
+def _classes_with_own_attention(model: nn.Module) -> list[str]:
+    """The names of attention classes in `model` that compute attention by themselves.
+
+    Some files use the interface for one part of a model only: those of SAM and LongT5 use it for the decoder.
+    """
+    own = ("softmax", "scaled_dot_product_attention")
+    classes = {type(module) for module in model.modules() if not _is_gpt1(module)}
+    return sorted(
+        cls.__name__
+        for cls in classes
+        if re.search("Attention|Attn", cls.__name__) and _looks_up(cls, own) and not _looks_up(cls, (_INTERFACE,))
+    )
+
+
+def _looks_up(cls: type, names: Collection[str]) -> bool:
+    """Whether a method of a class looks one of the names up. Methods of torch and of `PreTrainedModel` do not count."""
+    methods = (
+        inspect.unwrap(method)
+        for base in cls.__mro__
+        if base is not PreTrainedModel and not base.__module__.startswith("torch.")
+        for method in vars(base).values()
+        if inspect.isfunction(method)
+    )
+    return any(not set(names).isdisjoint(method.__code__.co_names) for method in methods)
 
 
 def _kind(config) -> str | None:

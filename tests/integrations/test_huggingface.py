@@ -10,6 +10,7 @@ import inspect
 import io
 import pathlib
 import re
+import warnings
 
 import pytest
 import torch
@@ -716,6 +717,32 @@ REFUSED_CLASSES = {
     "BigBirdPegasusSelfAttention", "BigBirdPegasusBlockSparseAttention", "BigBirdPegasusEncoderAttention",
     "Gemma4AudioAttention", "GitSelfAttention", "InformerProbSparseAttention",
 }  # fmt: skip
+
+
+SAM_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 16,
+              "output_channels": 32, "mlp_dim": 40, "global_attn_indexes": [1], "window_size": 2}  # fmt: skip
+
+
+def test_a_part_whose_file_uses_the_interface_elsewhere() -> None:
+    """SAM's file uses the interface for the decoder, but the image encoder has attention of its own."""
+    config = transformers.SamConfig(
+        vision_config=SAM_VISION,
+        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 40, "num_attention_heads": 4, "iou_head_hidden_dim": 16,
+                             "attention_downsample_rate": 2},
+        attn_implementation="eager",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"model: expected.*SamVisionAttention, whose own attention"):
+        huggingface.enable(transformers.SamVisionModel(config.vision_config))
+    with pytest.warns(UserWarning, match="model: SamVisionAttention keep attention of their own"):
+        huggingface.enable(transformers.SamModel(config))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_whole_models_give_no_warning(case: Case) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fused(case)
 
 
 def test_files_that_mix_the_interface_with_attention_of_their_own() -> None:
