@@ -20,7 +20,12 @@ This module needs transformers 5.15 or newer: ``pip install -e .[huggingface]``.
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 import sys
+import warnings
+from collections.abc import Collection
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,12 +35,15 @@ from fused_attn.api import fused_attention, fused_attention_varlen
 from fused_attn.backends.dispatch import BACKEND_NAMES
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
     from transformers.masking_utils import (
+        and_masks,
         bidirectional_mask_function,
         causal_mask_function,
+        packed_sequence_mask_function,
         prepare_padding_mask,
         sdpa_mask,
+        sliding_window_overlay,
     )
 except ImportError as error:
     raise ImportError(
@@ -49,12 +57,14 @@ NAME = "fused_attn"
 #: If the source of a model's module contains this name, the attention of the model can be chosen by name.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
-#: Models that use the interface, or share a file with models that do, but also give its masks to attention of their
-#: own. That attention would add the masks to its scores.
-_MISREADS_MASKS = ("bigbird_pegasus", "gemma4_audio", "git", "informer with ProbSparse attention")
+#: Models that use the interface, or share a file with models that do, but misread its masks. DeepSeek V4 appends
+#: columns of numbers to its masks, so a mask must be additive, and must exist even if it hides nothing. The others also
+#: give the masks to attention of their own, which would add the masks to its scores.
+_MISREADS_MASKS = ("bigbird_pegasus", "deepseek_v4", "gemma4_audio", "git", "informer with ProbSparse attention")
 
-#: Models that cut rows or columns out of their masks. Their masks must be dense.
-_NEEDS_DENSE_MASKS = ("pix2struct_text_model", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+#: Models that cut rows or columns out of their masks, or lay masks of their own over them. Their masks must be dense.
+#: `_needs_dense_masks` finds more such models.
+_NEEDS_DENSE_MASKS = ("pix2struct_text_model", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "doge")
 
 #: Keyword arguments of attention functions that no argument of `fused_attention` can express:
 #: "indices" and "block_indices" are the keys that sparse attention has chosen, "sinks" are sinks for each query.
@@ -71,8 +81,8 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
       again.
     - ``model.set_attn_implementation("eager")`` goes back. Up to transformers 5.17, call this on T5's encoder and on
       its decoder, too. GPT-1 cannot go back.
-    - Attention weights are never formed, so ``output_attentions=True`` raises ValueError. GPT-2 ignores this option and
-      returns no weights.
+    - Attention weights are never formed, so ``output_attentions=True`` raises ValueError. Models that do not pass this
+      option to their attention function, such as GPT-2, return no weights.
 
     Args:
         model: a ``PreTrainedModel``, or a module that contains some.
@@ -85,6 +95,9 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
         TypeError: `model` is no module, or contains no transformers model.
         ValueError: there is no backend of this name, or a model has attention of its own, which would ignore the choice
             or misread the masks. The model has not been changed.
+
+    Warns:
+        UserWarning: a part of a model has attention of its own, and keeps it. The message names the classes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -96,11 +109,16 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     gpt1: list[Any] = [module for module in model.modules() if _is_gpt1_attention(module)]
     switchable = [module for module in pretrained if not _is_gpt1(module)]
     refused = sorted({type(module).__name__ for module in switchable if not _is_switchable(module)})
+    own = _classes_with_own_attention(model)
+    if not gpt1 and not any(_looks_up(cls, (_INTERFACE,)) for cls in {type(module) for module in model.modules()}):
+        refused += own
     if refused:
         raise ValueError(
             f"model: expected models that leave the choice of attention to transformers' AttentionInterface, got "
             f"{', '.join(refused)}, whose own attention would ignore the fused kernel or misread its masks"
         )
+    if own:
+        warnings.warn(f"model: {', '.join(own)} keep attention of their own, without the fused kernel", stacklevel=2)
     name = NAME if backend is None else f"{NAME}.{backend}"
     before = [module.config._attn_implementation for module in switchable]
     try:
@@ -165,14 +183,12 @@ def attention(
         s_aux: (H,), the ``sinks`` of `fused_attention`.
         cu_seq_lens_q: (num_sequences + 1,) int32, the row offsets of sequences that are packed into one batch entry.
             Causal masks and windows end at the last query and the last key of each sequence, as in flash_attn.
-            A bool mask (B, 1, L, S) is then not read, because transformers derives it from the same sequences. Give no
-            mask of your own.
+            With a bool mask (1, 1, L, S), a query sees the keys of its sequence that the mask shows.
         cu_seq_lens_k: the same for the keys.
         max_length_q: the longest of these sequences.
         max_length_k: the same for the keys.
         backend: see `fused_attention`.
-        kwargs: ``sliding_window`` is the number of keys that a query sees, its own included. The argument is read
-            for packed sequences with a bool mask (B, 1, L, S). Everywhere else, the mask says what the window is.
+        kwargs: the other arguments. ``sliding_window`` is not read, because the mask says what the window is.
 
     Returns:
         out: (B, L, H, Dv), contiguous.
@@ -183,14 +199,24 @@ def attention(
     """
     numbers = {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
     options = options_of(query, key, kwargs | numbers, backend)
+    out: Any
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is not None:
         if position_bias is not None:
             raise ValueError("position_bias: expected None with cu_seq_lens_q, got one")
-        masks = _packed_masks(module, attention_mask, query, is_causal, kwargs)
+        if query.shape[0] != 1:
+            raise ValueError(
+                f"cu_seq_lens_q: expected None or a batch of one entry, which holds all sequences; got "
+                f"{query.shape[0]} entries"
+            )
+        masks = _packed_masks(module, attention_mask, query, is_causal)
+        if "attn_mask" in masks:
+            mask = masks["attn_mask"] & _are_of_one_sequence(cu_seq_lens_q, cu_seq_lens_k, masks["attn_mask"].shape)
+            out = fused_attention(query, key, value, attn_mask=mask, **options)
+            return out.transpose(1, 2).contiguous(), None
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
         # transformers passes all four arguments of packed sequences (cu_seq_lens, max_length) or none of them.
-        out: Any = fused_attention_varlen(
+        out = fused_attention_varlen(
             query, key, value, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k),  # type: ignore[arg-type]
             diagonal_alignment="lower_right", **masks, **options,
         )  # fmt: skip
@@ -226,7 +252,8 @@ def options_of(query: Tensor, key: Tensor, options: dict[str, Any], backend: str
     return {
         "dropout_p": options.get("dropout", 0.0),
         "scale": options.get("scaling"),
-        "enable_gqa": key.shape[1] != query.shape[1],
+        # In torch.jit.trace, sizes are tensors, and so is the result of their comparison.
+        "enable_gqa": bool(key.shape[1] != query.shape[1]),
         "softcap": options.get("softcap") or 0.0,
         "sinks": options.get("s_aux"),
         "backend": backend,
@@ -255,7 +282,7 @@ def attention_mask_of(
             is made dense, too. The rest is passed on to ``sdpa_mask``.
 
     Returns:
-        One of five:
+        One of six:
 
         - None: nothing is hidden.
         - A band, (B, sides, 1, reach + 2, S) bool. True = the key is no padding. Without padding, B and S are 1. The
@@ -265,6 +292,8 @@ def attention_mask_of(
           A band is expanded, so it takes O(B S) memory. A band that is given as `attention_mask` is returned.
         - (B|1, 1, 1, 1, 1) int32: the number of keys so far. The queries are the newest ones, and causal.
         - (B, 1, 1, S) bool: padding. True = attend.
+        - (B, 1, L, L + window, 1) bool, L > 1: sequences that are packed into one batch entry, causal. True = attend.
+          The columns after the L keys carry a number by their count: how many keys a query sees, and 0 means all.
         - (B, 1, L, S) bool, made by transformers' own ``sdpa_mask``: every other mask. True = attend.
 
     Raises:
@@ -290,7 +319,7 @@ def attention_mask_of(
         and getattr(config, "attention_chunk_size", None) is None
     )
     size: Any = local_size
-    needs_dense = getattr(config, "model_type", None) in _NEEDS_DENSE_MASKS
+    needs_dense = _needs_dense_masks(type(config), _kind(config))
     if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function and not needs_dense:
         return None if padding is None else padding[:, None, None]
     if q_length > 1 and kv_offset == 0 and _is_zero(q_offset) and not needs_dense:
@@ -310,10 +339,14 @@ def attention_mask_of(
     if q_length == 1 and allow_is_causal_skip and padding is None and (local_size is None or kv_length < local_size):
         return None
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
+    mask = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, **options,
     )  # fmt: skip
+    window = None if needs_dense or padding is not None else _packed_window(mask_function)
+    if window is None or not 1 < q_length == kv_length:
+        return mask
+    return nn.functional.pad(mask, (0, window if window < q_length else 0))[..., None]
 
 
 def _register() -> None:
@@ -359,6 +392,8 @@ def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: boo
         if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
             return {"key_padding_mask": ~mask[:, 0, 0].expand(query.shape[0], -1)}
         return {"attn_mask": mask}
+    if mask.ndim == 5 and mask.shape[2] > 1:  # packed sequences, without the columns that carry the window
+        return {"attn_mask": mask[:, :, :, : mask.shape[2], 0]}
     if mask.ndim == 5 and mask.dtype == torch.int32:
         lengths = mask.flatten().expand(query.shape[0])
         if query.shape[2] == 1:
@@ -374,29 +409,71 @@ def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: boo
     return band_of(mask) | {"key_padding_mask": ~mask[:, 0, 0, 0].expand(query.shape[0], -1)}
 
 
-def _packed_masks(
-    module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of `fused_attention_varlen` for a mask."""
-    is_dense = mask is not None and mask.ndim == 4 and mask.shape[2] > 1 and mask.dtype == torch.bool
-    if not is_dense:
-        masks = _masks(module, mask, query, is_causal)
-        if masks.keys() & {"attn_mask", "key_padding_mask", "key_lengths"}:
-            raise ValueError("attention_mask: expected None with cu_seq_lens_q, which says all about packed sequences")
-        return masks
-    # transformers makes dense masks of packed sequences only for causal models.
-    if not is_causal:
+def _packed_masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: bool) -> dict[str, Any]:
+    """The masks for a call with cu_seq_lens_q.
+
+    These are the arguments of `fused_attention_varlen`, or only an ``attn_mask`` (1, 1, L, S) that may let queries see
+    keys of other sequences.
+    """
+    if mask is not None and mask.ndim == 5 and mask.shape[2] > 1:
+        window = mask.shape[3] - mask.shape[2]
+        return {"is_causal": True} if window == 0 else {"window_size": (window - 1, 0)}
+    if mask is not None and mask.ndim == 4 and mask.shape[2] > 1 and mask.dtype == torch.bool:
+        if getattr(getattr(module, "config", None), "attention_chunk_size", None) is not None:
+            raise ValueError(
+                f"cu_seq_lens_q: expected None for chunked attention in {type(module).__name__}, whose mask does not "
+                f"tell where its chunks begin; got one; leave out cu_seq_lens_q and give position_ids alone"
+            )
+        return {"attn_mask": mask}
+    masks = _masks(module, mask, query, is_causal)
+    if masks.keys() & {"attn_mask", "key_padding_mask", "key_lengths"}:
         raise ValueError(
-            f"cu_seq_lens_q: expected None, since {type(module).__name__} has a causal mask but does not call itself "
-            f"causal; got one"
+            f"attention_mask: expected no padding and no additive mask with cu_seq_lens_q, got a mask in "
+            f"{type(module).__name__}; if you gave none, the model has made one, and takes no packed sequences"
         )
-    window = kwargs.get("sliding_window")
-    if "sliding_window" not in kwargs and getattr(module.config, "sliding_window", None) is not None:
-        raise ValueError(
-            f"cu_seq_lens_q: expected None, since {type(module).__name__} does not tell whether its mask has the "
-            f"window of the configuration; got one"
-        )
-    return {"is_causal": True} if window is None else {"window_size": (window - 1, 0)}
+    return masks
+
+
+def _packed_window(mask_function) -> int | None:
+    """The window of sequences that are packed into one row and causal. 0 means no window. None means another mask.
+
+    Only the mask functions of transformers are known, so whatever a model adds to them makes another mask. While torch
+    compiles, every mask is another mask, because dynamo shows no closures.
+    """
+    packed = None if torch.compiler.is_compiling() else _closure(mask_function, and_masks())
+    if packed is None or len(packed["mask_functions"]) != 2:
+        return None
+    inner, same_sequence = packed["mask_functions"]
+    if _closure(same_sequence, packed_sequence_mask_function(None)) is None:
+        return None
+    # Newer versions count positions from the start of each sequence. This changes neither of the two masks below.
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        remapped = _closure(inner, masking_utils.remap_positions_for_packed_sequence(None, None))
+        inner = inner if remapped is None else remapped["mask_function"]
+    if inner is causal_mask_function:
+        return 0
+    parts = (_closure(inner, and_masks()) or {}).get("mask_functions", ())
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
+        return None
+    window = _closure(parts[0], sliding_window_overlay(1))
+    return None if window is None else window["sliding_window"]
+
+
+def _closure(function: Any, like: Any) -> dict[str, Any] | None:
+    """The variables that `function` has from around it, if it has the code of `like`; otherwise None."""
+    if not hasattr(function, "__code__") or function.__code__ is not like.__code__:
+        return None
+    names = like.__code__.co_freevars
+    return {name: cell.cell_contents for name, cell in zip(names, function.__closure__, strict=True)}
+
+
+def _are_of_one_sequence(offsets_q: Tensor, offsets_k: Any, shape: torch.Size) -> Tensor:
+    """(L, S) bool: whether query and key are of the same sequence. shape: that of a mask, (1, 1, L, S)."""
+    number_q, number_k = (
+        torch.bucketize(torch.arange(length, device=offsets.device), offsets, right=True)
+        for offsets, length in ((offsets_q, shape[2]), (offsets_k, shape[3]))
+    )
+    return number_q[:, None] == number_k
 
 
 def _with_position_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -413,6 +490,32 @@ def _is_switchable(model: PreTrainedModel) -> bool:
     return model._can_set_attn_implementation() and _kind(model.config) not in _MISREADS_MASKS
 
 
+def _classes_with_own_attention(model: nn.Module) -> list[str]:
+    """The names of attention classes in `model` that compute attention by themselves.
+
+    Some files use the interface for one part of a model only: those of SAM and LongT5 use it for the decoder.
+    """
+    own = ("softmax", "scaled_dot_product_attention")
+    classes = {type(module) for module in model.modules() if not _is_gpt1(module)}
+    return sorted(
+        cls.__name__
+        for cls in classes
+        if re.search("Attention|Attn", cls.__name__) and _looks_up(cls, own) and not _looks_up(cls, (_INTERFACE,))
+    )
+
+
+def _looks_up(cls: type, names: Collection[str]) -> bool:
+    """Whether a method of a class looks one of the names up. Methods of torch and of `PreTrainedModel` do not count."""
+    methods = (
+        inspect.unwrap(method)
+        for base in cls.__mro__
+        if base is not PreTrainedModel and not base.__module__.startswith("torch.")
+        for method in vars(base).values()
+        if inspect.isfunction(method)
+    )
+    return any(not set(names).isdisjoint(method.__code__.co_names) for method in methods)
+
+
 def _kind(config) -> str | None:
     """The ``model_type`` of a configuration. Informer with ProbSparse attention counts as a type of its own."""
     kind = getattr(config, "model_type", None)
@@ -426,13 +529,52 @@ def _check_reads_masks(config: type, kind: str | None) -> None:
 
     Such a model expects additive masks, and would add True and False to its scores.
     """
-    model_file = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
-    is_model_file = model_file is not None and model_file.__name__ != config.__module__
-    if kind in _MISREADS_MASKS or (is_model_file and not hasattr(model_file, _INTERFACE)):
+    if kind in _MISREADS_MASKS or _has_own_attention(_model_file(config)):
         raise ValueError(
             f"attn_implementation: expected another one for {config.__name__}, whose model has attention of its own "
             f'and would misread the masks of the fused kernel; use "eager"'
         )
+
+
+@torch.compiler.assume_constant_result
+def _needs_dense_masks(config: type, kind: str | None) -> bool:
+    """Whether the model of this configuration reads its masks as (B, 1, L, S).
+
+    Models that lay masks of their own over them ask transformers never to skip a mask. The request does not always
+    arrive here: for one token after a static cache, transformers itself forbids to skip masks.
+    """
+    return kind in _NEEDS_DENSE_MASKS or any(
+        "allow_is_causal_skip" in _source(_model_file(base)) for base in config.__mro__
+    )
+
+
+def _model_file(config: type) -> ModuleType | None:
+    """The module of a model, if it stands beside the module of its configuration."""
+    file = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
+    return None if file is None or file.__name__ == config.__module__ else file
+
+
+def _has_own_attention(file: ModuleType | None) -> bool:
+    """Whether the attention that a file defines ignores the interface. Many files only put other models together."""
+    if file is None or hasattr(file, _INTERFACE):
+        return False
+    # transformers reads the same from the source, for all models of a file alike.
+    return any(
+        isinstance(x, type)
+        and issubclass(x, PreTrainedModel)
+        and x.__module__ == file.__name__
+        and not x._can_set_attn_implementation()  # type: ignore[attr-defined]  # mypy keeps only `type`
+        for x in vars(file).values()
+    )
+
+
+@functools.cache
+def _source(file: ModuleType | None) -> str:
+    """The source of a module; nothing, if there is none."""
+    try:
+        return "" if file is None else inspect.getsource(file)
+    except OSError:
+        return ""
 
 
 # ---- T5 and its family: a bias for each distance instead of one for each pair of positions

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import importlib
 import inspect
 import io
 import pathlib
 import re
+import warnings
 
 import pytest
 import torch
@@ -368,6 +371,19 @@ def test_rows_that_a_model_cuts_out_of_its_masks(side: str | None) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(VERSION < (5, 23), reason="in earlier versions, Doge misreads the masks of sdpa, too")
+@torch.no_grad()
+def test_a_static_cache_of_a_model_that_lays_its_own_mask_over_ours() -> None:
+    settings = {name: value for name, value in models.DECODER.items() if name != "head_dim"} | {"keep_window_size": 3}
+    case = Case("doge", "DogeForCausalLM", "DogeConfig", settings, "decoder")
+    tokens, logits = case.inputs(None)["input_ids"], []
+    for model in (case.build(attn_implementation="sdpa"), fused(case)):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
+        parts = (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:7])
+        logits.append(torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
 def test_masks_of_three_dimensions_are_nobodys() -> None:
     mask = torch.ones(BATCH, LENGTH, LENGTH, dtype=torch.bool).tril()
     for name in ("mistral", "bert-cls"):
@@ -412,36 +428,91 @@ def test_packed_sequences(name: str) -> None:
     torch.testing.assert_close(packed.last_hidden_state, expected, rtol=0.0, atol=1e-9)
 
 
-def packed_call(case: Case, **kwargs) -> Tensor:
+def packed_call(case: Case, prepare=lambda model: model, **kwargs) -> Tensor:
     """The hidden states of two sequences in one row. With positions, transformers makes a dense mask for them."""
     offsets = torch.tensor([0, 5, LENGTH], dtype=torch.int32)
     positions = torch.cat((torch.arange(5), torch.arange(LENGTH - 5)))[None]
     packing = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
-    model = fused(case, torch.float64).base_model
+    model = prepare(fused(case, torch.float64).base_model)
     tokens = case.inputs(None)["input_ids"][:1]
     return model(tokens, position_ids=positions, **packing, **kwargs).last_hidden_state
 
 
+PHIMOE = Case(
+    "phimoe", "PhimoeForCausalLM", "PhimoeConfig",
+    models.DECODER | {"sliding_window": 3, "num_local_experts": 2, "experts_implementation": "eager"}, "decoder",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_packed_sequences_in_a_window_that_the_layer_does_not_tell(use_cache: bool) -> None:
-    """The layer does not pass its window. With a cache, the mask shows the window. Without one, the call is refused."""
-    settings = {"sliding_window": 3, "num_local_experts": 2, "experts_implementation": "eager"}
-    case = Case("phimoe", "PhimoeForCausalLM", "PhimoeConfig", models.DECODER | settings, "decoder")
-    if not use_cache:
-        with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected None.*does not tell whether"):
-            packed_call(case, use_cache=False)
-        return
+@pytest.mark.parametrize("case", [BY_ID["llama"], BY_ID["mistral"], PHIMOE], ids=lambda case: case.id)
+@torch.no_grad()
+def test_packed_sequences_with_positions(case: Case, use_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask shows whether there is a window. Phimoe's layers do not pass their window."""
+    windows = []
+    varlen = huggingface.fused_attention_varlen
+    monkeypatch.setattr(
+        huggingface,
+        "fused_attention_varlen",
+        lambda *args, **options: (windows.append(options.get("window_size")), varlen(*args, **options))[1],
+    )
     model = fused(case, torch.float64).base_model
     tokens = case.inputs(None)["input_ids"][:1]
     alone = torch.cat([model(part).last_hidden_state for part in (tokens[:, :5], tokens[:, 5:])], dim=1)
-    torch.testing.assert_close(packed_call(case, use_cache=True), alone, rtol=0.0, atol=1e-9)
+    torch.testing.assert_close(packed_call(case, use_cache=use_cache), alone, rtol=0.0, atol=1e-9)
+    window = case.settings.get("sliding_window")
+    assert windows == 2 * [None if window is None else (window - 1, 0)]
+
+
+@torch.no_grad()
+def test_packed_sequences_while_torch_compiles() -> None:
+    """Compiled code cannot see what a mask function consists of, so the mask stays dense."""
+    case = dataclasses.replace(BY_ID["mistral"], settings=BY_ID["mistral"].settings | {"num_hidden_layers": 1})
+    expected = packed_call(case, use_cache=False)
+    found = packed_call(case, lambda m: torch.compile(m, fullgraph=True, backend="eager"), use_cache=False)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-9)
+
+
+GEMMA3 = {
+    "text_config": models.DECODER | {"sliding_window": 16, "query_pre_attn_scalar": 8,
+                                     "layer_types": ["sliding_attention", "full_attention"]},
+    "vision_config": {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4,
+                      "image_size": 16, "patch_size": 4},
+    "image_token_index": 90, "boi_token_index": 88, "eoi_token_index": 89, "mm_tokens_per_image": 4,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_packed_sequences_with_an_image() -> None:
+    """The tokens of an image see one another, although the rest of the sequence is causal."""
+    case = Case("gemma-3", "Gemma3ForConditionalGeneration", "Gemma3Config", GEMMA3, "decoder")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 80, (1, 15), generator=generator)
+    tokens[:, 2:6] = 90
+    images = torch.randn(1, 3, 16, 16, generator=generator)
+    inputs = {"pixel_values": images, "token_type_ids": (tokens == 90).long(), "use_cache": False}
+    model, expected = fused(case), eager(case)(tokens, **inputs).logits
+    for ends in ([15], [9, 15]):
+        offsets = torch.tensor([0, *ends], dtype=torch.int32)
+        packing = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 15, "max_length_k": 15}
+        found = model(tokens, **inputs, **packing).logits
+        torch.testing.assert_close(found[:, : ends[0]], expected[:, : ends[0]], rtol=1e-4, atol=1e-4)
+    alone = eager(case)(tokens[:, 9:], use_cache=False).logits
+    torch.testing.assert_close(found[:, 9:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_sequences_take_no_chunks() -> None:
+    settings = {"attention_chunk_size": 4, "intermediate_size_mlp": 40, "num_local_experts": 2}
+    case = Case("llama-4", "Llama4ForCausalLM", "Llama4TextConfig", models.DECODER | settings, "decoder")
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected None for chunked attention in Llama4TextAttention"):
+        packed_call(case, use_cache=False)
 
 
 @pytest.mark.parametrize("name", ["bert-cls", "llama", "mistral"])
 def test_packed_sequences_take_no_padding(name: str) -> None:
     padding = torch.ones(1, LENGTH, dtype=torch.long)
     padding[0, -4:] = 0
-    with pytest.raises(ValueError, match="attention_mask: expected None with cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="attention_mask: expected no padding and no additive mask with cu_seq_lens_q"):
         packed_call(BY_ID[name], attention_mask=padding)
 
 
@@ -549,6 +620,17 @@ def test_gradient_checkpointing(name: str, use_reentrant: bool) -> None:
         torch.testing.assert_close(found[key], expected[key], rtol=0.0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace`:DeprecationWarning")
+def test_jit_trace() -> None:
+    """In a trace, the sizes of a tensor are tensors."""
+    case = BY_ID["bert-cls"]
+    model, inputs = fused(case), case.inputs("left")
+    model.config.return_dict = False
+    traced = torch.jit.trace(model, (inputs["input_ids"], inputs["attention_mask"]), check_trace=False, strict=False)
+    other = case.inputs("left", seed=2)
+    torch.testing.assert_close(traced(other["input_ids"], other["attention_mask"])[0], model(**other)[0])
+
+
 # ---- Trainer
 
 
@@ -600,6 +682,12 @@ OWN_ATTENTION = {
                        "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}}),
     "InformerModel": ("InformerConfig", {"prediction_length": 4, "context_length": 8, "lags_sequence": [1],
                       "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "attention_type": "prob"}),
+    # This model appends columns of numbers to its masks.
+    "DeepseekV4ForCausalLM": ("DeepseekV4Config", models.ENCODER | {
+        "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 16, "o_lora_rank": 8, "o_groups": 2,
+        "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "index_n_heads": 2,
+        "index_head_dim": 16, "index_topk": 4, "sliding_window": 64, "layer_types": ["sliding_attention"] * 2,
+        "mlp_layer_types": ["moe"] * 2}),
     "Gemma4AudioModel": ("Gemma4AudioConfig", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}),
 }  # fmt: skip
 
@@ -631,6 +719,32 @@ REFUSED_CLASSES = {
 }  # fmt: skip
 
 
+SAM_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 64, "patch_size": 16,
+              "output_channels": 32, "mlp_dim": 40, "global_attn_indexes": [1], "window_size": 2}  # fmt: skip
+
+
+def test_a_part_whose_file_uses_the_interface_elsewhere() -> None:
+    """SAM's file uses the interface for the decoder, but the image encoder has attention of its own."""
+    config = transformers.SamConfig(
+        vision_config=SAM_VISION,
+        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 40, "num_attention_heads": 4, "iou_head_hidden_dim": 16,
+                             "attention_downsample_rate": 2},
+        attn_implementation="eager",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"model: expected.*SamVisionAttention, whose own attention"):
+        huggingface.enable(transformers.SamVisionModel(config.vision_config))
+    with pytest.warns(UserWarning, match="model: SamVisionAttention keep attention of their own"):
+        huggingface.enable(transformers.SamModel(config))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_whole_models_give_no_warning(case: Case) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fused(case)
+
+
 def test_files_that_mix_the_interface_with_attention_of_their_own() -> None:
     """If this test finds a new class, try its model against eager attention before you add the class to the list."""
     found = set()
@@ -657,13 +771,44 @@ def test_a_model_that_does_not_take_the_name_is_left_as_it_was(monkeypatch: pyte
     assert after == before
 
 
-@pytest.mark.parametrize("name", ["MPNetForMaskedLM", "BloomForCausalLM", "BigBirdPegasusForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name",
+    ["MPNetForMaskedLM", "BloomForCausalLM", "BigBirdPegasusForConditionalGeneration", "DeepseekV4ForCausalLM"],
+)
 def test_a_name_that_would_give_wrong_results_is_refused_when_the_model_runs(name: str) -> None:
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
     config, settings = OWN_ATTENTION[name]
     config = getattr(transformers, config)(**settings, attn_implementation="fused_attn")
     model = getattr(transformers, name)(config)
     with pytest.raises(ValueError, match="has attention of its own"):
         model(torch.full((2, 5), 7), attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1] * 5]))
+
+
+def test_a_file_that_only_puts_other_layers_together_is_not_refused(tmp_path, monkeypatch) -> None:
+    """Configuration and model of a user often stand in two files. Neither names the attention interface."""
+    package = tmp_path / "users_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+    )
+    (package / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("users_package.modeling_own")
+    llama = BY_ID["llama"].build()
+    model = huggingface.enable(module.OwnForCausalLM(module.OwnConfig(**models.DECODER)).eval())
+    model.load_state_dict(llama.state_dict())
+    inputs = BY_ID["llama"].inputs("left")
+    torch.testing.assert_close(model(**inputs).logits, huggingface.enable(llama)(**inputs).logits)
+
+    question = transformers.DPRQuestionEncoder(transformers.DPRConfig(**models.ENCODER)).eval()
+    tokens = inputs["input_ids"]
+    expected = question(tokens).pooler_output
+    torch.testing.assert_close(huggingface.enable(question)(tokens).pooler_output, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_enable_takes() -> None:
@@ -701,11 +846,10 @@ def test_what_a_call_cannot_have() -> None:
         "attention_mask": {"attention_mask": torch.zeros(1, 1, 3, 3)},
         "position_bias": {"attention_mask": None, "position_bias": torch.zeros(2, 5)},
     }.items():
-        with pytest.raises(ValueError, match=f"{name}: expected None with cu_seq_lens_q"):
+        with pytest.raises(ValueError, match=f"{name}: expected (None|no padding and no additive mask) with cu_seq_l"):
             huggingface.attention(module, packed, packed, packed, **options, **offsets)
-    module.is_causal = False
-    with pytest.raises(ValueError, match="cu_seq_lens_q: expected None, since Module has a causal mask"):
-        huggingface.attention(module, packed, packed, packed, torch.ones(1, 1, 3, 3, dtype=torch.bool), **offsets)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected None or a batch of one entry.*got 2 entries"):
+        huggingface.attention(module, query, query, query, None, **offsets)
 
 
 #: Keyword arguments of transformers' attention layers that have no meaning for a kernel that returns no weights.
