@@ -543,9 +543,7 @@ def _needs_dense_masks(config: type, kind: str | None) -> bool:
     Models that lay masks of their own over them ask transformers never to skip a mask. The request does not always
     arrive here: for one token after a static cache, transformers itself forbids to skip masks.
     """
-    return kind in _NEEDS_DENSE_MASKS or any(
-        "allow_is_causal_skip" in _source(_model_file(base)) for base in config.__mro__
-    )
+    return kind in _NEEDS_DENSE_MASKS or any(_forbids_skips(_model_file(base)) for base in config.__mro__)
 
 
 def _model_file(config: type) -> ModuleType | None:
@@ -569,12 +567,12 @@ def _has_own_attention(file: ModuleType | None) -> bool:
 
 
 @functools.cache
-def _source(file: ModuleType | None) -> str:
-    """The source of a module; nothing, if there is none."""
+def _forbids_skips(file: ModuleType | None) -> bool:
+    """Whether the source of a model asks transformers never to skip a mask."""
     try:
-        return "" if file is None else inspect.getsource(file)
-    except OSError:
-        return ""
+        return file is not None and "allow_is_causal_skip" in inspect.getsource(file)
+    except OSError:  # there is no source
+        return False
 
 
 # ---- T5 and its family: a bias for each distance instead of one for each pair of positions
