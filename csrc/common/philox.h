@@ -1,5 +1,5 @@
-// Philox4x32-7 (Salmon et al., 2011), the counter-based generator behind dropout, for host and device code. Seven rounds
-// are the fewest whose numbers pass all tests of BigCrush (table 2 of the paper).
+// Philox4x32-7 (Salmon et al., 2011), the counter-based generator behind dropout, for host and device code. Of all
+// numbers of rounds that pass all tests of BigCrush, seven is the smallest (table 2 of the paper).
 //
 // The random number of an entry of the scores depends on the seed and on the position of the entry alone, not on tile
 // sizes, threads or backend. So every backend drops the same entries. For query i and key j, the key of Philox is (low

@@ -161,8 +161,8 @@ FA_INLINE Vec<float> reciprocal(Vec<float> x) {
 #endif
 }
 
-// tanh(x) with an error of 3 ulp, or 4 without fused multiply-adds. The error is relative to the result even where x is near 0, because softcap must
-// leave small logits as they are.
+// tanh(x) with an error of 3 ulp, or 4 without fused multiply-adds. The error is relative to the result even where x is
+// near 0, because softcap must leave small logits as they are.
 template <class T>
 FA_INLINE Vec<T> tanh(Vec<T> x) {
   // From 20 on, tanh rounds to 1 in float and in double. The bounds keep the argument of exp2_minus_1 in its range. NaN
