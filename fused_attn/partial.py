@@ -49,7 +49,7 @@ class PackedRows(NamedTuple):
 
 
 #: Offsets are below this number, so that kernels add positions in 32 bits, and Philox counts them.
-_MOST = 2**30
+_LIMIT = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,8 +282,8 @@ def _planned(
     check_rank_4(query, key, value)
     for name in ("query_offset", "key_offset", "batch_offset", "head_offset"):
         offset = getattr(options, name)
-        if not isinstance(offset, int) or isinstance(offset, bool) or not 0 <= offset < _MOST:
-            raise checks.fail(name, f"an int from 0 to {_MOST - 1}", repr(offset))
+        if not isinstance(offset, int) or isinstance(offset, bool) or not 0 <= offset < _LIMIT:
+            raise checks.fail(name, f"an int from 0 to {_LIMIT - 1}", repr(offset))
     if options.seqlen_q is not None:
         checks.check_seqlen("seqlen_q", options.seqlen_q)
     if options.packed is not None and not isinstance(options.packed, PackedRows):

@@ -65,7 +65,7 @@ void drop_weights(const DropoutParams& p) {
     const int count = static_cast<int>(p.seqlen_q - first_row < kBlockQ ? p.seqlen_q - first_row : kBlockQ);
     for (int64_t first = 0; first < p.seqlen_k; first += kColumns) {
       const int64_t columns = p.seqlen_k - first < kColumns ? p.seqlen_k - first : kColumns;
-      uint64_t survivors[kBlockQ] = {};  // bit i of a row belongs to column first + i
+      uint64_t survivor_bits[kBlockQ] = {};  // bit i of a row belongs to column first + i
       for (int64_t column = 0; column < columns; column += kPhiloxKeys) {
         uint32_t words[4][kBlockQ];
         philox_rows(p.seed, static_cast<uint32_t>(head_slice / p.num_heads),
@@ -78,7 +78,7 @@ void drop_weights(const DropoutParams& p) {
             bits |= static_cast<uint32_t>(words[i][q] << 16 >= threshold) << (2 * i);
             bits |= static_cast<uint32_t>(words[i][q] >= threshold) << (2 * i + 1);
           }
-          survivors[q] |= static_cast<uint64_t>(bits) << column;
+          survivor_bits[q] |= static_cast<uint64_t>(bits) << column;
         }
       }
       for (int q = 0; q < count; ++q) {
@@ -87,7 +87,7 @@ void drop_weights(const DropoutParams& p) {
         auto* const out = static_cast<Storage*>(p.out) + offset;
         for (int e = 0; e < columns; e += kLanes<Lane>) {
           const int n = columns - e < kLanes<Lane> ? static_cast<int>(columns) - e : kLanes<Lane>;
-          const Vec<Lane> factor = select_or_zero<Lane>(lanes_of_bits<Lane>(survivors[q], e), scale);
+          const Vec<Lane> factor = select_or_zero<Lane>(lanes_of_bits<Lane>(survivor_bits[q], e), scale);
           store_as<Lane>(out + e, load_as<Lane>(x + e, n) * factor, n);
         }
       }

@@ -50,7 +50,7 @@ struct ScoreInputs {
 template <class Lane>
 FA_NOINLINE void apply_softcap(Lane* scores, int count, Lane cap, Lane* derivative) {
   // The factor must be finite, so that a score of 0 stays 0. Denormal numbers count as 0, so a larger cap than kMost
-  // would lose scores: with kMost, these are only scores below 1e-8 (double: 1e-17).
+  // would lose scores: with kMost, these are only scores below 1.2e-8 (double: 2.3e-18).
   constexpr Lane kLeast = FloatTraits<Lane>::kLeastNormal, kMost = sizeof(Lane) == 4 ? Lane(1e30) : Lane(1e290);
   cap = cap < kLeast ? kLeast : cap > kMost ? kMost : cap;
   const Lane inverse = Lane(1) / cap;

@@ -306,7 +306,7 @@ struct Params {
   KeyBlock* key_blocks;    // (num_listed_key_blocks): blocks of keys of all heads, in the order in which they are taken
   // Each sequence has num_key_blocks * dk_splits entries for each key head, or, if the sequences of a packed call
   // differ much in length, a number of its own (entries_before in sm90/key_blocks.h).
-  int32_t num_listed_key_blocks;
+  int32_t num_listed_key_blocks;  // 0 without key_blocks
   bool lists_key_blocks_by_offset;
   // Null without a dense mask. With one, the band and the padding do not say which steps have a visible entry. So these
   // steps are listed, and so are the turns of their blocks of keys (list_mask_steps_kernel).

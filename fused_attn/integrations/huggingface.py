@@ -118,7 +118,7 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
             f"{', '.join(refused)}, whose own attention would ignore the fused kernel or misread its masks"
         )
     if own:
-        warnings.warn(f"model: {', '.join(own)} keep attention of their own, without the fused kernel", stacklevel=2)
+        warnings.warn(f"model: these classes keep attention of their own: {', '.join(own)}", stacklevel=2)
     name = NAME if backend is None else f"{NAME}.{backend}"
     before = [module.config._attn_implementation for module in switchable]
     try:
@@ -456,7 +456,7 @@ def _packed_window(mask_function) -> int | None:
     if len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
     window = _closure(parts[0], sliding_window_overlay(1))
-    return None if window is None else window["sliding_window"]
+    return None if window is None or window["sliding_window"] < 1 else window["sliding_window"]
 
 
 def _closure(function: Any, like: Any) -> dict[str, Any] | None:
@@ -513,7 +513,8 @@ def _looks_up(cls: type, names: Collection[str]) -> bool:
         for method in vars(base).values()
         if inspect.isfunction(method)
     )
-    return any(not set(names).isdisjoint(method.__code__.co_names) for method in methods)
+    codes = (getattr(method, "__code__", None) for method in methods)
+    return any(code is not None and not set(names).isdisjoint(code.co_names) for code in codes)
 
 
 def _kind(config) -> str | None:
@@ -571,7 +572,7 @@ def _forbids_skips(file: ModuleType | None) -> bool:
     """Whether the source of a model asks transformers never to skip a mask."""
     try:
         return file is not None and "allow_is_causal_skip" in inspect.getsource(file)
-    except OSError:  # there is no source
+    except (OSError, TypeError):  # there is no source
         return False
 
 

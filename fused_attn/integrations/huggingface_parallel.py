@@ -204,7 +204,7 @@ class _Ranks:
         found = huggingface.attention_mask_of(
             q_length=self.length, kv_length=self.length, attention_mask=attention_mask, **kwargs
         )
-        if found is None or found.ndim != 5 or found.dtype != torch.bool:
+        if found is None or found.ndim != 5 or found.dtype != torch.bool or found.shape[2] != 1:
             raise checks.fail("attention_mask", "causal masks and windows in a model that ranks share", "another mask")
         return found[..., :rows]
 

@@ -328,7 +328,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             checks.check_flags(
                 need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal
             )
-        if self.embed_dim % self.num_heads or self.num_heads % self._group_size:
+        if not self.num_heads or self.embed_dim % self.num_heads or self.num_heads % self._group_size:
             self._check_heads()
         if jagged.is_nested(query, key, value):
             is_strided = query is key and key is value and query.layout == torch.strided
@@ -561,6 +561,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
     def _check_heads(self) -> None:
         """Raises ValueError if num_heads was changed after construction to a number that does not fit."""
+        check_sizes(1, num_heads=self.num_heads)
         check_divides("num_heads", self.num_heads, "embed_dim", self.embed_dim)
         if self.num_heads % self._group_size:
             raise ValueError(

@@ -59,9 +59,13 @@ class CrossAttentionCache(WritableCopies):
         self._memory: Tensor | None = None
         self._version: int | None = None  # of the memory; see `_version_of`
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_version": self._version == _version_of(self._memory)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._version = _version_of(self._memory)  # a copy of a tensor counts anew
+        # A copy of a tensor counts anew. No tensor has version -1, so a memory that was written stays refused.
+        self._version = _version_of(self._memory) if state.get("_version", True) else -1
 
     def __len__(self) -> int:
         """Number of rows of the memory; 0 before the first step."""

@@ -87,8 +87,11 @@ def select_entries(x: Tensor, indices: Tensor) -> Tensor:
     """
     try:
         return x.index_select(0, indices)
-    except IndexError as error:  # torch has found the index already, so a call without an error pays for no check
+    # torch finds the index, so a call without an error pays for no check.
+    except (IndexError, RuntimeError) as error:
         wrong = indices[(indices < 0) | (indices >= x.shape[0])].tolist()
+        if not wrong:
+            raise
         raise IndexError(f"indices: expected numbers of [0, {x.shape[0]}), got {wrong[0]}") from error
 
 

@@ -32,7 +32,8 @@ MOST_ROWS_OF_TILES = 256
 FEWEST_WEIGHTS = 1 << 17
 
 
-#: The forward methods of torch's classes, which a patch of a class may replace.
+#: The forward methods of classes for which native calls stand in. A patch of a class may replace them. The modules of
+#: this package add theirs.
 FORWARDS: dict[type, Any] = {
     kind: kind.forward for kind in (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Dropout)
 }

@@ -734,7 +734,7 @@ def test_a_part_whose_file_uses_the_interface_elsewhere() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"model: expected.*SamVisionAttention, whose own attention"):
         huggingface.enable(transformers.SamVisionModel(config.vision_config))
-    with pytest.warns(UserWarning, match="model: SamVisionAttention keep attention of their own"):
+    with pytest.warns(UserWarning, match="model: these classes keep attention of their own: SamVisionAttention"):
         huggingface.enable(transformers.SamModel(config))
 
 

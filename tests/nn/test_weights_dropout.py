@@ -25,7 +25,7 @@ def factors(shape: tuple[int, ...], p: float, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("isa", [] if _C is None else _C.cpu_isas())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 65, 67), (1, 2, 64, 128), (3, 1, 5, 200)], ids=str)
 @pytest.mark.parametrize("p", [0.3, 1.0])
 def test_the_kernel_multiplies_by_the_factors(isa, dtype, shape, p):
