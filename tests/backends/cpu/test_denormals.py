@@ -108,3 +108,16 @@ def test_large_values_under_rising_scores(queries: int, isa: str) -> None:
         out = fused_attn.fused_attention(query, key, value, scale=1.0, backend="cpu")
         exact = (query.double() @ key.double().mT).softmax(-1) @ value.double()
         torch.testing.assert_close(out.double() / 1e30, exact / 1e30, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "softcap"),
+    [(torch.float32, 1e36), (torch.float32, 3e38), (torch.float16, 3e38), (torch.float64, 1e308)],
+    ids=str,
+)
+def test_a_huge_softcap_changes_no_score(dtype: torch.dtype, softcap: float) -> None:
+    # score / softcap would be denormal, and would count as 0.
+    query, key, value = torch.randn(3, 1, 2, 70, 64, dtype=dtype, generator=torch.Generator().manual_seed(0)).unbind()
+    out = fused_attn.fused_attention(query, key, value, softcap=softcap, backend="cpu")
+    expected = fused_attn.fused_attention(query, key, value, backend="cpu")
+    torch.testing.assert_close(out, expected)
