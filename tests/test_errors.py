@@ -773,7 +773,11 @@ SHARED = {
     ),
     "part-bias": (partial(relative_bias=[1]), TypeError, r"relative_bias: expected a torch\.Tensor, got list"),
     "part-length": (partial(seqlen_q="a"), TypeError, "seqlen_q: expected an int, got str 'a'"),
-    "part-offset": (partial(query_offset=True), ValueError, "query_offset: expected an int of at least 0, got True"),
+    "part-offset": (
+        partial(query_offset=True),
+        ValueError,
+        "query_offset: expected an int from 0 to 1073741823, got True",
+    ),
     "part-packed": (partial(packed=3), TypeError, "packed: expected PackedRows, got int 3"),
 }
 
