@@ -207,6 +207,28 @@ def test_a_memory_that_was_written_in_place_raises() -> None:
         torch.testing.assert_close(module(x, memory, memory, need_weights=False, cache=copied)[0], expected)
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_copy_knows_whether_the_memory_was_written(copied, is_written: bool) -> None:
+    cache, memory = CrossAttentionCache(), torch.randn(2, 4, 8)
+    cache.update(torch.randn(2, 1, 4, 8), torch.randn(2, 1, 4, 8), memory)
+    if is_written:
+        memory.mul_(2)
+    copied_cache = copied(cache)
+    if is_written:
+        with pytest.raises(ValueError, match="memory: "):
+            copied_cache.get(copied_cache._memory)
+    else:
+        assert copied_cache.get(copied_cache._memory) is not None
+
+
+def test_reorder_of_a_memory_without_rows() -> None:
+    cache = CrossAttentionCache()
+    cache.update(torch.randn(2, 1, 0, 8), torch.randn(2, 1, 0, 8), torch.randn(2, 0, 8))
+    with pytest.raises(IndexError, match=r"indices: expected numbers of \[0, 2\), got 5"):
+        cache.reorder(torch.tensor([0, 5]))
+
+
 def test_a_memory_of_inference_mode_is_served() -> None:
     """A tensor of inference mode does not count how often it was written."""
     module, cache = FusedMultiheadAttention(8, 2, batch_first=True).eval(), CrossAttentionCache()

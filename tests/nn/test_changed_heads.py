@@ -73,6 +73,7 @@ def test_grouped_heads_keep_their_groups() -> None:
     ("options", "num_heads", "message"),
     [
         ({}, 3, "num_heads: expected a divisor of embed_dim=16, got 3"),
+        ({}, 0, "num_heads: expected at least 1, got 0"),
         (
             {"num_kv_heads": 2},
             1,
