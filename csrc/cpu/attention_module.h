@@ -41,8 +41,15 @@ void attention_module_with_policy(const AttentionModuleParams& m) {
   const Storage* const x = data(m.x);
   const Storage* input = x;
   Storage* const out = static_cast<Storage*>(m.out);
+  FinishParams finish;
+  finish.rows = rows;
+  finish.features = m.features;
+  finish.out = out;
+  finish.num_threads = p.num_threads;
   if (m.residual == Residual::kNormFirst) {
-    finish_rows<Lane, Storage>(x, nullptr, m.norm, rows, m.features, p.num_threads, out);
+    finish.x = x;
+    finish.norm = m.norm;
+    finish_rows<Lane, Storage>(finish);
     input = out;
   }
 
@@ -65,8 +72,10 @@ void attention_module_with_policy(const AttentionModuleParams& m) {
   p.out = {attended, p.seqlen_q * query_width, p.head_dim, query_width, 1};
   forward_with_policy<Policy, BlockPolicy>(p);
   project<Policy>(attended, rows, query_width, data(m.out_weight), data(m.out_bias), m.features, p.num_threads, out);
-  const LayerNormParams last = m.residual == Residual::kNormLast ? m.norm : LayerNormParams{};
-  finish_rows<Lane>(out, m.residual == Residual::kNone ? nullptr : x, last, rows, m.features, p.num_threads, out);
+  finish.x = out;
+  finish.residual = m.residual == Residual::kNone ? nullptr : x;
+  finish.norm = m.residual == Residual::kNormLast ? m.norm : LayerNormParams{};
+  finish_rows<Lane, Storage>(finish);
 }
 
 }  // namespace

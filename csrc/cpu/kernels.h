@@ -44,8 +44,8 @@ struct AttentionModuleParams {
   void* out = nullptr;               // (B, L, E)
 };
 
-// The arguments of a linear layer for few rows: y = x . weight^T + bias. All tensors are contiguous. With a residual,
-// y = residual + x . weight^T + bias. If norm has a weight, y is the layer norm of that sum.
+// The arguments of a linear layer for few rows: y = norm(residual + relu(x . weight^T + bias)), without what is not
+// given. All tensors are contiguous.
 struct LinearParams {
   DType dtype = DType::kFloat32;
   int64_t rows = 0;
@@ -54,9 +54,25 @@ struct LinearParams {
   const void* x = nullptr;         // (rows, in)
   const void* weight = nullptr;    // (out, in)
   const void* bias = nullptr;      // (out,); null = none
+  bool relu = false;
   const void* residual = nullptr;  // (rows, out); null = none
-  LayerNormParams norm;
+  LayerNormParams norm;            // without a weight, there is no norm
   void* y = nullptr;  // (rows, out)
+  int32_t num_threads = 1;
+};
+
+// The arguments of what follows the product x of a linear layer: out = norm(residual + relu(x + bias)), without what is
+// not given. All tensors are contiguous. out may be x.
+struct FinishParams {
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t features = 0;
+  const void* x = nullptr;     // (rows, features)
+  const void* bias = nullptr;  // (features,); null = none
+  bool relu = false;
+  const void* residual = nullptr;  // (rows, features); null = none
+  LayerNormParams norm;            // without a weight, there is no norm
+  void* out = nullptr;             // (rows, features)
   int32_t num_threads = 1;
 };
 
@@ -88,6 +104,7 @@ struct Kernels {
   void (*backward)(const AttentionParams&);
   void (*attention_module)(const AttentionModuleParams&);
   void (*linear)(const LinearParams&);
+  void (*finish_rows)(const FinishParams&);
   void (*dropout)(const DropoutParams&);
 };
 

@@ -39,6 +39,8 @@ void linear(const LinearParams& p) {
   p.dtype == DType::kBFloat16 ? linear_with_policy<AmxDecodePolicy>(p) : kernels_avx512.linear(p);
 }
 
+// Tiles do not help with these.
+void finish_rows(const FinishParams& p) { kernels_avx512.finish_rows(p); }
 void dropout(const DropoutParams& p) { kernels_avx512.dropout(p); }
 
 #elif defined(__AVX512BF16__)
@@ -66,6 +68,7 @@ void linear(const LinearParams& p) {
 }
 
 // AVX512_BF16 would turn denormal numbers into zero.
+void finish_rows(const FinishParams& p) { kernels_avx512.finish_rows(p); }
 void dropout(const DropoutParams& p) { kernels_avx512.dropout(p); }
 
 #else
@@ -98,6 +101,13 @@ void linear(const LinearParams& p) {
   with_policy(p.dtype, [&](auto policy) { linear_with_policy<decltype(policy)>(p); });
 }
 
+void finish_rows(const FinishParams& p) {
+  with_policy(p.dtype, [&](auto policy) {
+    using Policy = decltype(policy);
+    finish_rows<typename Policy::Lane, typename Policy::Storage>(p);
+  });
+}
+
 void dropout(const DropoutParams& p) {
   with_policy(p.dtype, [&](auto policy) {
     using Policy = decltype(policy);
@@ -116,6 +126,6 @@ void dropout(const DropoutParams& p) {
 
 extern const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA);
 const Kernels FUSED_ATTN_JOIN(kernels_, FUSED_ATTN_ISA) = {
-    FUSED_ATTN_TEXT(FUSED_ATTN_ISA), forward, backward, attention_module, linear, dropout};
+    FUSED_ATTN_TEXT(FUSED_ATTN_ISA), forward, backward, attention_module, linear, finish_rows, dropout};
 
 }  // namespace fused_attn::cpu

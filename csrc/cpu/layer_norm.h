@@ -1,4 +1,4 @@
-// Residual connections and layer norms of few rows, which follow or precede the products of a module.
+// Biases, residual connections and layer norms, which follow or precede the products of a module.
 #pragma once
 #include "elements.h"
 #include "kernels.h"
@@ -7,12 +7,16 @@
 namespace fused_attn::cpu {
 namespace {
 
-// Writes x + y to out, n elements.
+// Writes residual + relu(x + bias) to out, n elements, without what is null or off.
 template <class Lane, class Storage>
-void add_row(const Storage* x, const Storage* y, int64_t n, Storage* out) {
+void finish_sum(const Storage* x, const Storage* bias, bool relu, const Storage* residual, int64_t n, Storage* out) {
   for (int64_t i = 0; i < n; i += kLanes<Lane>) {
     const int count = n - i < kLanes<Lane> ? static_cast<int>(n - i) : kLanes<Lane>;
-    store_as<Lane>(out + i, load_as<Lane>(x + i, count) + load_as<Lane>(y + i, count), count);
+    Vec<Lane> sum = load_as<Lane>(x + i, count);
+    if (bias != nullptr) sum += load_as<Lane>(bias + i, count);
+    if (relu) sum = max<Lane>(Vec<Lane>{}, sum);  // of NaN: NaN
+    if (residual != nullptr) sum += load_as<Lane>(residual + i, count);
+    store_as<Lane>(out + i, sum, count);
   }
 }
 
@@ -49,22 +53,25 @@ void normalise_row(const Storage* x, int64_t features, const LayerNormParams& no
   }
 }
 
-// out = norm(x + residual) for each row, without the residual if it is null, and without the norm if it has no weight.
-// All are (rows, features). out may be x.
+// Runs the work of FinishParams.
 template <class Lane, class Storage>
-void finish_rows(const Storage* x, const Storage* residual, const LayerNormParams& norm, int64_t rows, int64_t features,
-                 int num_threads, Storage* out) {
-  if (residual == nullptr && norm.weight == nullptr) return;
+void finish_rows(const FinishParams& p) {
+  const bool has_norm = p.norm.weight != nullptr;
+  const bool has_sum = p.bias != nullptr || p.relu || p.residual != nullptr;
+  if (!has_sum && !has_norm && p.x == p.out) return;
+  const auto row_of = [&](const void* tensor, int64_t r) {
+    return tensor == nullptr ? nullptr : static_cast<const Storage*>(tensor) + r * p.features;
+  };
   constexpr double kFlopsOfElement = 10;
-  const double flops = kFlopsOfElement * static_cast<double>(rows) * static_cast<double>(features);
-  parallel_for(choose_threads(num_threads, rows, flops), rows, [&](int64_t r, int) {
-    const Storage* row = x + r * features;
-    Storage* const target = out + r * features;
-    if (residual != nullptr) {
-      add_row<Lane>(row, residual + r * features, features, target);
+  const double flops = kFlopsOfElement * static_cast<double>(p.rows) * static_cast<double>(p.features);
+  parallel_for(choose_threads(p.num_threads, p.rows, flops), p.rows, [&](int64_t r, int) {
+    const Storage* row = row_of(p.x, r);
+    Storage* const target = static_cast<Storage*>(p.out) + r * p.features;
+    if (has_sum || !has_norm) {
+      finish_sum<Lane>(row, row_of(p.bias, 0), p.relu, row_of(p.residual, r), p.features, target);
       row = target;
     }
-    if (norm.weight != nullptr) normalise_row<Lane>(row, features, norm, target);
+    if (has_norm) normalise_row<Lane>(row, p.features, p.norm, target);
   });
 }
 

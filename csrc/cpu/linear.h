@@ -60,7 +60,15 @@ void linear_with_policy(const LinearParams& p) {
   const auto data = [](const void* pointer) { return static_cast<const Storage*>(pointer); };
   Storage* const y = static_cast<Storage*>(p.y);
   project<Policy>(data(p.x), p.rows, p.in, data(p.weight), data(p.bias), p.out, p.num_threads, y);
-  finish_rows<Lane>(y, data(p.residual), p.norm, p.rows, p.out, p.num_threads, y);
+  FinishParams finish;
+  finish.rows = p.rows;
+  finish.features = p.out;
+  finish.x = finish.out = y;
+  finish.relu = p.relu;
+  finish.residual = p.residual;
+  finish.norm = p.norm;
+  finish.num_threads = p.num_threads;
+  finish_rows<Lane, Storage>(finish);
 }
 
 }  // namespace

@@ -74,6 +74,7 @@ PyMethodDef kMethods[] = {
     {"self_attention", as_c_function(entry_point<self_attention>), METH_FASTCALL, kSelfAttentionDoc},
     {"attention_step", as_c_function(entry_point<attention_step>), METH_FASTCALL, kAttentionStepDoc},
     {"linear", as_c_function(entry_point<linear>), METH_FASTCALL, kLinearDoc},
+    {"finish_rows", as_c_function(entry_point<finish_rows>), METH_FASTCALL, kFinishRowsDoc},
     {"dropout", as_c_function(entry_point<dropout>), METH_FASTCALL, kDropoutDoc},
     {"weights_dropout", as_c_function(entry_point<weights_dropout>), METH_FASTCALL, kWeightsDropoutDoc},
     {"relu_dropout_backward", as_c_function(entry_point<relu_dropout_backward>), METH_FASTCALL,

@@ -176,14 +176,15 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
 }
 
 const char kLinearDoc[] =
-    "linear(x, weight, bias, residual, norm_weight, norm_bias, norm_eps, out, num_threads)\n\n"
+    "linear(x, weight, bias, relu, residual, norm_weight, norm_bias, norm_eps, out, num_threads)\n\n"
     "Writes x . weight^T + bias to out, for few rows: x (..., in), weight (out, in), bias (out,) or None, out\n"
-    "(..., out). residual (..., out) or None is added. With norm_weight (out,) and norm_bias (out,) or None, out is\n"
-    "the layer norm of that sum. All tensors must have one dtype and be contiguous.";
+    "(..., out). If relu is true, max(x . weight^T + bias, 0) takes the place of that sum. residual (..., out) or None\n"
+    "is added. With norm_weight (out,) and norm_bias (out,) or None, out is the layer norm of the result. All tensors\n"
+    "must have one dtype and be contiguous.";
 
 PyObject* linear(PyObject* const* args, Py_ssize_t count) {
   struct Arguments {
-    PyObject *x, *weight, *bias, *residual;
+    PyObject *x, *weight, *bias, *relu, *residual;
     NormArguments norm;
     PyObject *out, *num_threads;
   };
@@ -206,6 +207,7 @@ PyObject* linear(PyObject* const* args, Py_ssize_t count) {
   p.x = x.data();
   p.weight = checked_contiguous(weight, x.type, {p.out, p.in});
   p.bias = checked_contiguous(kReader.optional(a.bias, "bias"), x.type, {p.out});
+  p.relu = read_bool(a.relu);
   p.norm = a.norm.read(x.type, p.out);
   const Argument out = kReader.required(a.out, "out");
   std::vector<int64_t> shape(x.tensor.shape, x.tensor.shape + last);
@@ -222,6 +224,47 @@ PyObject* linear(PyObject* const* args, Py_ssize_t count) {
   p.num_threads = thread_count(a.num_threads);
   const double work = static_cast<double>(p.rows) * static_cast<double>(p.in) * static_cast<double>(p.out);
   run_kernel(work, [&] { cpu::kernels().linear(p); });
+  Py_RETURN_NONE;
+}
+
+const char kFinishRowsDoc[] =
+    "finish_rows(x, bias, relu, residual, norm_weight, norm_bias, norm_eps, out, num_threads)\n\n"
+    "Does in one pass what follows the product x (..., E) of a linear layer: writes norm(residual + x + bias) to out.\n"
+    "bias (E,) or None, residual (..., E) or None, norm_weight (E,) or None = no norm, norm_bias (E,) or None. If relu\n"
+    "is true, max(x + bias, 0) takes the place of x + bias. out may be x. All tensors must have one dtype and be\n"
+    "contiguous.";
+
+PyObject* finish_rows(PyObject* const* args, Py_ssize_t count) {
+  struct Arguments {
+    PyObject *x, *bias, *relu, *residual;
+    NormArguments norm;
+    PyObject *out, *num_threads;
+  };
+  const auto a = arguments_of<Arguments>(args, count, kFinishRowsDoc);
+  const Argument x = kReader.required(a.x, "x"), out = kReader.required(a.out, "out");
+  const int last = x.tensor.ndim - 1;
+  if (last < 0) x.fail("at least 1 dimension", "0");
+  x.check_float();
+  x.check_contiguous();
+  out.check_like(x);
+  out.check_contiguous();
+  cpu::FinishParams p;
+  p.dtype = kernel_dtype(x.type);
+  p.features = x.size(last);
+  p.rows = 1;
+  for (int dim = 0; dim < last; ++dim) p.rows *= x.size(dim);
+  p.x = x.data();
+  p.out = out.data();
+  p.bias = checked_contiguous(kReader.optional(a.bias, "bias"), x.type, {p.features});
+  p.relu = read_bool(a.relu);
+  if (const Argument residual = kReader.optional(a.residual, "residual"); residual.given) {
+    residual.check_like(x);
+    residual.check_contiguous();
+    p.residual = residual.data();
+  }
+  p.norm = a.norm.read(x.type, p.features);
+  p.num_threads = thread_count(a.num_threads);
+  run_kernel(static_cast<double>(p.rows) * static_cast<double>(p.features), [&] { cpu::kernels().finish_rows(p); });
   Py_RETURN_NONE;
 }
 

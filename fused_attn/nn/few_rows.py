@@ -1,11 +1,17 @@
-"""Linear layers for few rows without gradients, as in a decoding step on a CPU.
+"""Linear layers without gradients on a CPU, with what follows them in a layer.
 
-Such a product takes as long as reading the weight. torch's product is made for many rows, and was the largest part of a
-decoding step. In bfloat16, torch also copies the weight into another order in every call.
+For few rows, as in a decoding step, a product takes as long as reading the weight. torch's product is made for many
+rows, and was the largest part of a decoding step. In bfloat16, torch also copies the weight into another order in every
+call. So few rows have a product of their own.
+
+For many rows, torch multiplies. In float32 and float64, `torch.nn.functional.linear` first copies the bias into each
+row of the output, and then adds the product to that. Here, torch only multiplies, and one native call adds the bias,
+together with all else that has to be done to each row.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -27,6 +33,13 @@ MOST_ROWS = 16
 #: torch's, and with 256 rows about the same time.
 MOST_ROWS_OF_TILES = 256
 
+#: The dtypes of many rows for which a native call adds the bias. With bfloat16 and float16, torch adds the bias as a
+#: part of the product. Without the bias, torch would round the product before the bias is added.
+DTYPES_OF_PRODUCTS = (torch.float32, torch.float64)
+
+#: `linear` leaves smaller outputs of many rows to torch. The second call costs more than the copy of the bias there.
+FEWEST_OUTPUTS = 1 << 15
+
 #: `linear` leaves smaller weights of float32 and float64 to torch. What a call costs whatever its size is 5 us more
 #: here. The native product saves less than that.
 FEWEST_WEIGHTS = 1 << 17
@@ -41,16 +54,20 @@ FORWARDS: dict[type, Any] = {
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) . weight (out, in)^T + bias (out,), as `torch.nn.functional.linear`."""
-    is_small = weight.numel() < FEWEST_WEIGHTS and weight.dtype in (torch.float32, torch.float64)
-    if torch.is_grad_enabled() or is_small or not _takes(x, weight, bias):
+    if torch.is_grad_enabled() or not _takes(x, weight, bias) or not _is_faster(x, weight, bias):
         return F.linear(x, weight, bias)
-    return _native_linear(x, weight, bias, None, None).run()
+    return linear_call(x, weight, bias).run()
 
 
 def native_call(
-    module: nn.Module, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None
+    module: nn.Module,
+    x: Tensor,
+    *,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    norm: nn.LayerNorm | None = None,
 ) -> NativeCall | None:
-    """Computes ``norm(residual + module(x))``, without what is None. None if no native call can compute it.
+    """Computes ``norm(residual + relu(module(x)))``, without what is None or off. None if no native call can do that.
 
     The caller has ruled out gradients, a module that is not plain, and a norm that the native call cannot compute.
     """
@@ -58,15 +75,29 @@ def native_call(
     assert weight is not None
     if not _takes(x, weight, bias):
         return None
-    if residual is not None and not (
-        type(residual) is Tensor
-        and residual.dtype == x.dtype
-        and residual.is_contiguous()
-        and not residual.is_neg()
-        and residual.shape == (*x.shape[:-1], weight.shape[0])
+    if residual is not None and not _is_plain_result(residual, x.dtype, (*x.shape[:-1], weight.shape[0])):
+        return None
+    return linear_call(x, weight, bias, relu, residual, norm)
+
+
+def add_and_normalise(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> NativeCall | None:
+    """Computes ``norm(x + y)``. None if no native call can compute it.
+
+    The caller has ruled out gradients and a norm that the native call cannot compute.
+    """
+    if (
+        _C is None
+        or not _is_plain_result(x, x.dtype, x.shape)
+        or not _is_plain_result(y, x.dtype, x.shape)
+        or x.dtype not in DTYPES
+        or x.numel() == 0
+        or modes.is_any_autocast_enabled()
+        or not modes.is_direct()
     ):
         return None
-    return _native_linear(x, weight, bias, residual, norm)
+    out = torch.empty_like(x)
+    arguments = y, None, False, x, *norm_arguments(norm), out
+    return NativeCall("finish_rows[cpu]", _C.finish_rows, arguments, out)
 
 
 def call(module: Any, x: Tensor) -> Tensor:
@@ -122,13 +153,31 @@ def is_plain_vector(x: Tensor | None, dtype: torch.dtype) -> bool:
     return x.dtype == dtype and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
-def _native_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm: nn.LayerNorm | None
+def linear_call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    norm: nn.LayerNorm | None = None,
+    out: Tensor | None = None,
 ) -> NativeCall:
-    """norm(residual + x . weight^T + bias); None = without."""
-    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
-    arguments = x, weight, bias, residual, *norm_arguments(norm), out
-    return NativeCall("linear[cpu]", _C.linear, arguments, out)
+    """Computes ``norm(residual + relu(x . weight^T + bias))``, without what is None or off.
+
+    x: (..., in). weight: (out, in). bias: (out,). residual, out: (..., out). All must be contiguous and of one dtype.
+    """
+    if out is None:
+        out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+    rest = relu, residual, *norm_arguments(norm), out
+    if _has_few_rows(x, weight):
+        return NativeCall("linear[cpu]", _C.linear, (x, weight, bias, *rest), out)
+    factors, products = (x.flatten(0, -2), weight.t()), out.flatten(0, -2)
+    if bias is None or x.dtype in DTYPES_OF_PRODUCTS:
+        multiply = functools.partial(torch.mm, *factors, out=products)
+    else:
+        multiply = functools.partial(torch.addmm, bias, *factors, out=products)
+        bias = None
+    return NativeCall("finish_rows[cpu]", _C.finish_rows, (out, bias, *rest), out, before=multiply)
 
 
 def norm_arguments(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
@@ -136,13 +185,39 @@ def norm_arguments(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | N
     return (None, None, 0.0) if norm is None else (norm._parameters["weight"], norm._parameters["bias"], norm.eps)
 
 
+def _has_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether the native product is faster than torch's."""
+    return x.numel() <= most_rows(x.dtype, *weight.shape[::-1]) * x.shape[-1]
+
+
+def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear_call` is faster than one operator of torch, for a linear layer with nothing around it."""
+    if _has_few_rows(x, weight):
+        return weight.numel() >= FEWEST_WEIGHTS or x.dtype not in DTYPES_OF_PRODUCTS
+    outputs = x.numel() // x.shape[-1] * weight.shape[0]
+    return bias is not None and outputs >= FEWEST_OUTPUTS and x.dtype in DTYPES_OF_PRODUCTS
+
+
+def _is_plain_result(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether the native calls can read what another part of the layer has computed."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype == dtype
+        and x.layout is torch.strided
+        and x.shape == shape
+        and x.is_contiguous()
+        and not x.is_neg()
+    )
+
+
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the native product can read the tensors, and is faster."""
+    """Whether the native calls can read the tensors."""
     return (
         _C is not None
         # torch.compile must not trace the other tests. It cannot trace `is_neg`, and would compile anew for more than
         # MOST_ROWS rows. This test costs 40 ns, `is_direct` ten times as much. So most tensors that the native
-        # product does not take are found before `is_direct`, which comes last.
+        # calls do not take are found before `is_direct`, which comes last.
         and not modes.is_dynamo_compiling()
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
@@ -155,7 +230,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dim() > 0
         and x.shape[-1] == weight.shape[-1]
         and weight.numel() > 0
-        and 0 < x.numel() <= most_rows(x.dtype, *weight.shape[::-1]) * x.shape[-1]
+        and x.numel() > 0
         and x.is_contiguous()
         and weight.layout is torch.strided
         and weight.is_contiguous()

@@ -18,16 +18,19 @@ class NativeCall(NamedTuple):
     function: the function of ``_C``
     arguments: all arguments but the last one, which is the number of threads
     out: what the call writes
-    after: called after the kernel, if given
+    before, after: called before and after the kernel, if given
     """
 
     event: str
     function: Callable[..., None]
     arguments: tuple[Any, ...]
     out: Tensor
+    before: Callable[[], Any] | None = None
     after: Callable[[], None] | None = None
 
     def run(self) -> Tensor:
+        if self.before is not None:
+            self.before()
         function = events.recorded_if_profiling(self.event, self.function)
         function(*self.arguments, torch.get_num_threads())
         if self.after is not None:

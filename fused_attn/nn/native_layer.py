@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fused_attn import modes
 from fused_attn.nn import few_rows, small_inference
 from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn.nn.native_call import NativeCall
 from fused_attn.nn.restoring import Restoring
 
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
@@ -113,22 +114,24 @@ def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
     ):
         return None
     source = torch.empty_like(x) if layer.norm_first else x
-    expand = few_rows.native_call(first, source)
+    is_relu = activation is F.relu
+    expand = few_rows.native_call(first, source, relu=is_relu)
     if expand is None:
         return None
     hidden = expand.out
-
-    def activate() -> None:
-        if activation is F.relu:
-            torch.relu_(hidden)
-        else:
-            hidden.copy_(activation(hidden))
-
-    contract = few_rows.native_call(last, hidden, x, None if layer.norm_first else norm)
+    contract = few_rows.native_call(last, hidden, residual=x, norm=None if layer.norm_first else norm)
     if contract is None:
         return None
     normalise = (lambda: source.copy_(norm(x)),) if layer.norm_first else ()
-    return Steps((*normalise, expand.run, activate, contract.run), contract.out)
+    activate = () if is_relu else (lambda: hidden.copy_(activation(hidden)),)
+    return Steps((*normalise, expand.run, *activate, contract.run), contract.out)
+
+
+def add_and_normalise(x: Tensor, y: Tensor, norm: Any) -> NativeCall | None:
+    """Computes ``norm(x + y)``, where y is what a block of a layer has computed. The layer need not be plain."""
+    if torch.is_grad_enabled() or modes.is_dynamo_compiling() or not _is_plain_norm(norm, x):
+        return None
+    return few_rows.add_and_normalise(x, y, norm)
 
 
 class RecordedStep:
@@ -230,6 +233,7 @@ def _attention(
     ):
         return None
     around = {"norm": norm, "norm_first": layer.norm_first}
+    call: Any
     if cache is not None:
         call = small_inference.attention_step(module, x, key, key_padding_mask, is_causal, key is x, cache, **around)
     elif key is not x or (module.skip_padded_queries and key_padding_mask is not None):

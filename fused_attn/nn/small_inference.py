@@ -1,17 +1,21 @@
-"""Small attention without gradients, in one native call.
+"""Attention modules without gradients on a CPU, with little between one operator and the next.
 
 A small module spends most of its time on calling one operator after another. Here, the projections and the attention
-are one call of the CPU kernels. `self_attention` is for short sequences, `attention_step` for a step of decoding.
+are one call of the CPU kernels. `self_attention` is for sequences, `attention_step` for a step of decoding.
+
+With more rows, torch's products are faster. Then `self_attention` calls the parts of the module, but asks all that has
+to be asked about the module only once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_attn import modes
+from fused_attn.api import fused_attention
 from fused_attn.backends.cpu import DTYPES, MAX_HEAD_DIM
 from fused_attn.native import _C
 from fused_attn.nn import few_rows
@@ -34,8 +38,8 @@ def self_attention(
     *,
     norm: nn.LayerNorm | None = None,
     norm_first: bool = False,
-) -> NativeCall | None:
-    """Computes the output (N, L, E) of the module for x (N, L, E). None if no native call can compute the output.
+) -> NativeCall | CallOfParts | None:
+    """Computes the output (N, L, E) of the module for x (N, L, E). None if native calls cannot compute the output.
 
     key_padding_mask: None, or (N, L) bool, True = ignore.
     norm, norm_first: see `attention_step`.
@@ -48,13 +52,14 @@ def self_attention(
         or not _takes_options(module)
         or not module.batch_first
         or not _takes_input(module, x)
-        or not is_small(module, x)
         or not _is_plain_padding(key_padding_mask, x.shape[:2])
     ):
         return None
     out_proj: Any = module._modules["out_proj"]
     parameters, out_parameters = module._parameters, out_proj._parameters
     out = torch.empty_like(x)
+    if not is_small(module, x):
+        return CallOfParts(module, x, key_padding_mask, is_causal, norm, norm_first, out)
     arguments = (
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
         out, module.num_heads, key_padding_mask, is_causal, *few_rows.norm_arguments(norm), norm_first,
@@ -62,8 +67,44 @@ def self_attention(
     return NativeCall("self_attention[cpu]", _C.self_attention, arguments, out)
 
 
+class CallOfParts(NamedTuple):
+    """The call of a module for more rows: the projections, the attention, and the projection of its result to `out`.
+
+    The fields are the arguments of `self_attention`.
+    """
+
+    module: nn.MultiheadAttention
+    x: Tensor
+    key_padding_mask: Tensor | None
+    is_causal: bool
+    norm: nn.LayerNorm | None
+    norm_first: bool
+    out: Tensor
+
+    def run(self) -> Tensor:
+        module, x, norm = self.module, self.x, self.norm
+        out_proj: Any = module._modules["out_proj"]
+        of_heads: Any = module._parameters
+        backend: Any = module.backend
+        of_result = out_proj._parameters
+        rows = norm(x) if norm is not None and self.norm_first else x
+        projected = few_rows.linear_call(rows, of_heads["in_proj_weight"], of_heads["in_proj_bias"]).run()
+        heads = projected.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        q, k, v = heads.split_with_sizes((module.num_heads, module.num_kv_heads, module.num_kv_heads), dim=1)
+        attended: Any = fused_attention(
+            q, k, v, key_padding_mask=self.key_padding_mask, is_causal=self.is_causal,
+            enable_gqa=module.num_kv_heads != module.num_heads, backend=backend,
+        )  # fmt: skip
+        rows = attended.transpose(1, 2).flatten(-2).contiguous()
+        residual, last = None if norm is None else x, None if self.norm_first else norm
+        project = few_rows.linear_call(
+            rows, of_result["weight"], of_result["bias"], residual=residual, norm=last, out=self.out
+        )
+        return project.run()
+
+
 def is_small(module: nn.MultiheadAttention, x: Tensor) -> bool:
-    """Whether `self_attention` is faster than one operator after another, for x (N, L, E)."""
+    """Whether one native call is faster than one operator after another, for x (N, L, E)."""
     features = module.embed_dim
     if x.shape[0] * x.shape[1] <= few_rows.most_rows(x.dtype, features, features):
         return True
@@ -135,9 +176,8 @@ def attention_step(
         out_parameters["bias"], of_entries[1], module.num_heads, keys, values, lengths, key_lengths, key_padding_mask,
         *few_rows.norm_arguments(norm), norm_first,
     )  # fmt: skip
-    return NativeCall(
-        "attention_step[cpu]", _C.attention_step, arguments, out, cache.count_filled if is_static else None
-    )
+    after = cache.count_filled if is_static else None
+    return NativeCall("attention_step[cpu]", _C.attention_step, arguments, out, after=after)
 
 
 def _is_plain_rows(x: Tensor, sizes: tuple[int, int, int], dtype: torch.dtype) -> bool:

@@ -714,7 +714,11 @@ class Transformer(nn.Transformer):
 
 def _residual(layer: Any, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
     """The output of a block of a layer, with its residual connection and its layer norm."""
-    return x + block(norm(x)) if layer.norm_first else norm(x + block(x))
+    if layer.norm_first:
+        return x + block(norm(x))
+    y = block(x)
+    step = native_layer.add_and_normalise(x, y, norm)
+    return step.run() if step else norm(x + y)
 
 
 def _feed_forward(layer: Any, x: Tensor, last_dropout: nn.Module) -> Tensor:

@@ -52,6 +52,11 @@ void linear(const fused_attn::cpu::LinearParams* params) {
   fused_attn::cpu::kernels_baseline.linear(*params);
 }
 
+void finish_rows(const fused_attn::cpu::FinishParams* params) {
+  heap_used = 0;
+  fused_attn::cpu::kernels_baseline.finish_rows(*params);
+}
+
 void dropout(const fused_attn::cpu::DropoutParams* params) {
   heap_used = 0;
   fused_attn::cpu::kernels_baseline.dropout(*params);

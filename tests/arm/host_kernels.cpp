@@ -13,12 +13,13 @@ void forward(const AttentionParams& params) { emulate("forward", &params); }
 void backward(const AttentionParams& params) { emulate("backward", &params); }
 void attention_module(const AttentionModuleParams& params) { emulate("attention_module", &params); }
 void linear(const LinearParams& params) { emulate("linear", &params); }
+void finish_rows(const FinishParams& params) { emulate("finish_rows", &params); }
 void dropout(const DropoutParams& params) { emulate("dropout", &params); }
 
 }  // namespace
 
 extern const Kernels kernels_baseline;
-const Kernels kernels_baseline = {"baseline", forward, backward, attention_module, linear, dropout};
+const Kernels kernels_baseline = {"baseline", forward, backward, attention_module, linear, finish_rows, dropout};
 
 }  // namespace fused_attn::cpu
 

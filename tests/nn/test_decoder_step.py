@@ -102,9 +102,9 @@ def test_the_norm_of_any_number_of_features(features: int) -> None:
     module = nn.Linear(3, features)
     x, residual = torch.randn(4, 3), 100 + torch.randn(4, features)
     with torch.no_grad():
-        found = few_rows.native_call(module, x, residual, norm).run()
+        found = few_rows.native_call(module, x, residual=residual, norm=norm).run()
         torch.testing.assert_close(found, norm(residual + module(x)), rtol=1e-4, atol=1e-4)
-        found = few_rows.native_call(module, x, residual, None).run()
+        found = few_rows.native_call(module, x, residual=residual).run()
         torch.testing.assert_close(found, residual + module(x))
 
 
@@ -117,7 +117,7 @@ def test_the_norm_of_rows_with_a_large_mean(spread: float, features: int) -> Non
     with torch.no_grad():
         module.weight.zero_()
         module.bias.zero_()
-        found = few_rows.native_call(module, torch.randn(1, 3), row, norm).run()
+        found = few_rows.native_call(module, torch.randn(1, 3), residual=row, norm=norm).run()
         exact = nn.functional.layer_norm(row.double(), (features,), eps=norm.eps)
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 

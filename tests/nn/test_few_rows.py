@@ -27,9 +27,9 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, tor
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that gets an entry with each native product. Small weights are multiplied natively, too."""
+    """A list that gets an entry with each native call. Small weights are multiplied natively, too."""
     monkeypatch.setattr(few_rows, "FEWEST_WEIGHTS", 0)
-    return count_calls(monkeypatch, few_rows, "linear")
+    return count_calls(monkeypatch, few_rows, "linear", "finish_rows")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -150,18 +150,108 @@ def test_errors_of_the_native_call():
         ((x, weight.t().contiguous().t(), bias, out), "weight: expected a contiguous tensor"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu._C.linear(*arguments[:3], None, None, None, 0.0, arguments[3], 1)
+            cpu._C.linear(*arguments[:3], False, None, None, None, 0.0, arguments[3], 1)
     for position, name, wrong in (
-        (3, "residual", torch.randn(2, 4)),
-        (4, "norm_weight", torch.randn(4)),
-        (5, "norm_bias", torch.randn(3).double()),
-        (7, "out", torch.empty(3, 2)),
+        (4, "residual", torch.randn(2, 4)),
+        (5, "norm_weight", torch.randn(4)),
+        (6, "norm_bias", torch.randn(3).double()),
+        (8, "out", torch.empty(3, 2)),
     ):
-        whole = [x, weight, bias, torch.randn(2, 3), torch.ones(3), None, 1e-5, out, 1]
+        whole = [x, weight, bias, True, torch.randn(2, 3), torch.ones(3), None, 1e-5, out, 1]
         cpu._C.linear(*whole)
         whole[position] = wrong
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             cpu._C.linear(*whole)
+
+
+# ---- Many rows: what follows a product of torch
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("features", [1, 7, 16, 40, 130])
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_finish_rows(has_bias, relu, has_residual, has_norm, features, dtype):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 2, 9, features, dtype=dtype)
+    bias, weight, norm_bias = torch.randn(3, features, dtype=dtype)
+    before = x.clone()
+    exact = x.double() + bias.double() if has_bias else x.double()
+    exact = exact.relu() if relu else exact
+    exact = exact + residual.double() if has_residual else exact
+    if has_norm:
+        exact = nn.functional.layer_norm(exact, (features,), weight.double(), norm_bias.double(), 0.1)
+    norm = (weight, norm_bias, 0.1) if has_norm else (None, None, 0.0)
+    arguments = bias if has_bias else None, relu, residual if has_residual else None, *norm
+    out = torch.full_like(x, float("nan"))
+    cpu._C.finish_rows(x, *arguments, out, 2)
+    assert (out.double() - exact).abs().max() <= 8 * TOLERANCE[dtype] * (1.0 + exact.abs().max())
+    assert torch.equal(x, before)
+    cpu._C.finish_rows(x, *arguments, x, 1)
+    assert torch.equal(x, out)
+
+
+def test_relu_keeps_nan():
+    x = torch.tensor([[float("nan"), -1.0, 2.0]])
+    cpu._C.finish_rows(x, None, True, None, None, None, 0.0, x, 1)
+    torch.testing.assert_close(x, torch.tensor([[float("nan"), 0.0, 2.0]]), equal_nan=True)
+
+
+def test_errors_of_finish_rows():
+    for position, name, wrong in (
+        (0, "x", torch.randn(())),
+        (0, "x", torch.ones(2, 3, dtype=torch.int64)),
+        (0, "x", torch.randn(3, 2).t()),
+        (1, "bias", torch.randn(2)),
+        (3, "residual", torch.randn(2, 4)),
+        (4, "norm_weight", torch.randn(4)),
+        (5, "norm_bias", torch.randn(3).double()),
+        (7, "out", torch.empty(3, 2)),
+        (7, "out", torch.empty(3, 2).t()),
+    ):
+        whole = [torch.randn(2, 3), torch.randn(3), True, torch.randn(2, 3), torch.ones(3), None, 1e-5, None, 1]
+        whole[7] = torch.empty(2, 3)
+        cpu._C.finish_rows(*whole)
+        whole[position] = wrong
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            cpu._C.finish_rows(*whole)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@torch.no_grad()
+def test_many_rows(dtype, native):
+    """torch multiplies, and a native call does the rest, if the dtype and the size make that faster."""
+    torch.manual_seed(0)
+    module = nn.Linear(24, 64, dtype=dtype)
+    x = torch.randn(2, few_rows.FEWEST_OUTPUTS // 128, 24, dtype=dtype)
+    rows = torch.randn(few_rows.MOST_ROWS_OF_TILES + 1, 24, dtype=dtype)
+    few_rows.call(module, rows)
+    assert not native
+    out = few_rows.call(module, x)
+    assert native == ["finish_rows"] * (dtype in few_rows.DTYPES_OF_PRODUCTS)
+    exact = nn.functional.linear(x.double(), module.weight.double(), module.bias.double())
+    assert (out.double() - exact).abs().max() <= TOLERANCE[dtype] * (1.0 + exact.abs().max())
+    few_rows.call(nn.Linear(24, 64, bias=False, dtype=dtype), x)
+    assert len(native) <= 1
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@torch.no_grad()
+def test_a_layer_of_many_rows(activation, norm_first, native):
+    layer = TransformerEncoderLayer(
+        32, 4, 64, activation=activation, norm_first=norm_first, batch_first=True, dtype=torch.float64
+    ).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, mask = torch.randn(2, 50, 32, dtype=torch.float64), torch.randn(50, 50) > 1  # a mask no native call takes
+    with torch.enable_grad():
+        expected = layer(x, mask).detach()
+    assert not native
+    torch.testing.assert_close(layer(x, mask), expected)
+    assert native == ["finish_rows"] * (2 if norm_first else 3)  # those of the feed-forward block, and a residual
 
 
 # ---- Tiles of AMX
@@ -222,7 +312,7 @@ def test_no_memory_behind_the_tensors_is_used(isa, native):
 
     x, weight, bias, out = inside(19, 64), inside(47, 64), inside(47), inside(19, 47)
     expected = nn.functional.linear(x.float(), weight.float(), bias.float())
-    cpu._C.linear(x, weight, bias, None, None, None, 0.0, out, 2)
+    cpu._C.linear(x, weight, bias, False, None, None, None, 0.0, out, 2)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
     assert out._base[0].isnan().all() and out._base[-1].isnan().all()
 
