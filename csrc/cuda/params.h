@@ -1,5 +1,4 @@
-// The arguments of kernels: AttentionParams in the types that a GPU computes with. params_of in attention.cu fills them
-// in.
+// The arguments of kernels: AttentionParams in the types that a GPU computes with. params_of.h fills them in.
 #pragma once
 #include <cstdint>
 

@@ -500,7 +500,7 @@ BUGS = [
         "scores[t][2 * r + 1] = multiply_add(scores[t][2 * r + 1], factor, @ ? pair.x : pair.y);",
     ),
     Bug(
-        "pairs-of-a-bias-misaligned", 80, "biased-odd", "attention.cu",
+        "pairs-of-a-bias-misaligned", 80, "biased-odd", "params_of.h",
         "has_aligned_groups(a.bias, a.seqlen_k, 2, 8)", "has_aligned_groups(a.bias, a.seqlen_k, 2, (@ ? 4 : 8))",
     ),
     Bug(
@@ -776,7 +776,7 @@ BUGS = [
         "if (row < min(num_rows, first_row + kDecodeRows))", "if (!@ && row < min(num_rows, first_row + kDecodeRows))",
     ),
     Bug(
-        "diagonals-from-the-longest-of-few", 80, "both-kinds", "attention.cu",
+        "diagonals-from-the-longest-of-few", 80, "both-kinds", "params_of.h",
         "p.logits.relative_bias += a.seqlen_q - p.seqlen_q;",
         "p.logits.relative_bias += @ ? 0 : a.seqlen_q - p.seqlen_q;",
     ),
