@@ -29,6 +29,7 @@ from fused_attn.nn.arguments import (
 )
 from fused_attn.nn.attention_mask import Mask, believed_mask, cached_mask, mask_above, without_padded_queries
 from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCache, paged_hint
+from fused_attn.nn.plain import FORWARDS
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.restoring import restoring
 from fused_attn.nn.self_attention_cache import CachedRows, SlidingSelfAttentionCache, StaticSelfAttentionCache
@@ -891,7 +892,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 setattr(self, name, nn.Parameter(parameter.detach()[..., :kv_dim].clone()))
 
 
-few_rows.FORWARDS[FusedMultiheadAttention] = FusedMultiheadAttention.forward
+FORWARDS[FusedMultiheadAttention] = FusedMultiheadAttention.forward
 
 
 class _Rows(NamedTuple):

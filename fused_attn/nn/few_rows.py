@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _get_tracing_state
-from torch.nn.modules import module as nn_module
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fused_attn import modes
 from fused_attn.backends.cpu import DTYPES
 from fused_attn.native import _C
-from fused_attn.nn.native_call import NativeCall
+from fused_attn.nn.native_call import NativeCall, norm_arguments
+from fused_attn.nn.plain import is_plain_linear, is_plain_vector
 
 #: The most rows for which the native product is used. The product reads the weight once for all rows.
 MOST_ROWS = 16
@@ -30,13 +29,6 @@ MOST_ROWS_OF_TILES = 256
 #: `linear` leaves smaller weights of float32 and float64 to torch. What a call costs whatever its size is 5 us more
 #: here. The native product saves less than that.
 FEWEST_WEIGHTS = 1 << 17
-
-
-#: The forward methods of classes for which native calls stand in. A patch of a class may replace them. The modules of
-#: this package add theirs.
-FORWARDS: dict[type, Any] = {
-    kind: kind.forward for kind in (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Dropout)
-}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,7 +66,7 @@ def call(module: Any, x: Tensor) -> Tensor:
 
     A trace of torch.jit calls the module, too. For torch traces once more without gradients, and compares the graphs.
     """
-    if torch.is_grad_enabled() or _get_tracing_state() is not None or not is_plain(module):
+    if torch.is_grad_enabled() or _get_tracing_state() is not None or not is_plain_linear(module):
         return module(x)
     return linear(x, module._parameters["weight"], module._parameters["bias"])
 
@@ -86,42 +78,6 @@ def most_rows(dtype: torch.dtype, features: int, out_features: int) -> int:
     return MOST_ROWS_OF_TILES if has_tiles else MOST_ROWS
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether `linear` can stand in for a call of the module, so that nobody sees a difference.
-
-    These modules are not plain:
-
-    - subclasses, such as parametrisations and FSDP2 make,
-    - modules with hooks, where global hooks count, too,
-    - modules with a forward of their own, such as offloading installs.
-    """
-    return (
-        type(module) in (nn.Linear, NonDynamicallyQuantizableLinear)
-        and is_called_plainly(module)
-        and type(module._parameters.get("weight")) is nn.Parameter
-        and type(module._parameters.get("bias", False)) in (nn.Parameter, type(None))
-    )
-
-
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of the module does nothing but run the forward of its class."""
-    return (
-        "forward" not in module.__dict__
-        and FORWARDS.get(type(module), type(module).forward) is type(module).forward
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and module._compiled_call_impl is None
-        and not nn_module._has_any_global_hook()
-    )
-
-
-def is_plain_vector(x: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the native call can read a bias, or a parameter of a norm."""
-    if x is None or type(x) not in (Tensor, nn.Parameter):
-        return False
-    return x.dtype == dtype and x.is_cpu and x.is_contiguous() and not x.is_neg()
-
-
 def _native_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm: nn.LayerNorm | None
 ) -> NativeCall:
@@ -129,11 +85,6 @@ def _native_linear(
     out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
     arguments = x, weight, bias, residual, *norm_arguments(norm), out
     return NativeCall("linear[cpu]", _C.linear, arguments, out)
-
-
-def norm_arguments(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
-    """What native calls get of a layer norm: its weight, bias and eps."""
-    return (None, None, 0.0) if norm is None else (norm._parameters["weight"], norm._parameters["bias"], norm.eps)
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -16,7 +16,8 @@ from fused_attn.backends.cpu import DTYPES, MAX_HEAD_DIM
 from fused_attn.native import _C
 from fused_attn.nn import few_rows
 from fused_attn.nn.cache import CrossAttentionCache
-from fused_attn.nn.native_call import NativeCall
+from fused_attn.nn.native_call import NativeCall, norm_arguments
+from fused_attn.nn.plain import is_plain_linear
 from fused_attn.nn.self_attention_cache import StaticSelfAttentionCache
 
 #: With more rows than `few_rows.most_rows`, the largest number of multiply-adds in the projections for which
@@ -57,7 +58,7 @@ def self_attention(
     out = torch.empty_like(x)
     arguments = (
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
-        out, module.num_heads, key_padding_mask, is_causal, *few_rows.norm_arguments(norm), norm_first,
+        out, module.num_heads, key_padding_mask, is_causal, *norm_arguments(norm), norm_first,
     )  # fmt: skip
     return NativeCall("self_attention[cpu]", _C.self_attention, arguments, out)
 
@@ -133,7 +134,7 @@ def attention_step(
     arguments = (
         of_entries[0], parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"],
         out_parameters["bias"], of_entries[1], module.num_heads, keys, values, lengths, key_lengths, key_padding_mask,
-        *few_rows.norm_arguments(norm), norm_first,
+        *norm_arguments(norm), norm_first,
     )  # fmt: skip
     return NativeCall(
         "attention_step[cpu]", _C.attention_step, arguments, out, cache.count_filled if is_static else None
@@ -172,7 +173,7 @@ def is_plain(module: nn.MultiheadAttention) -> bool:
     out_proj: Any = module._modules["out_proj"]  # the dicts, since attributes of modules take three times as long
     return (
         type(module).__base__ is nn.MultiheadAttention  # FusedMultiheadAttention itself, which cannot be imported here
-        and few_rows.is_plain(out_proj)
+        and is_plain_linear(out_proj)
         and _is_plain_parameter(module, "in_proj_weight")
         and _is_plain_parameter(module, "in_proj_bias")
         and _is_plain_parameter(out_proj, "weight")

@@ -44,6 +44,7 @@ from fused_attn.nn.arguments import (
 )
 from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention, keep_fast_path_off
 from fused_attn.nn.paged_self_attention import paged_hint
+from fused_attn.nn.plain import FORWARDS, is_called_plainly, is_plain_linear
 from fused_attn.nn.replacement import replace_attention
 from fused_attn.nn.restoring import restoring_layers
 from fused_attn.nn.tracing import call_node
@@ -552,7 +553,7 @@ class TransformerDecoder(nn.TransformerDecoder):
             None if only `forward` can compute the step: on a GPU, with gradients, with hooks, and with modules of other
             classes.
         """
-        if type(self) is not TransformerDecoder or not few_rows.is_called_plainly(self):
+        if type(self) is not TransformerDecoder or not is_called_plainly(self):
             return None
         padding = memory_key_padding_mask
         self._check_cache(cache)
@@ -584,7 +585,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         return all(getattr(layer, "takes_cache", False) for layer in self.layers)
 
 
-few_rows.FORWARDS[TransformerDecoder] = TransformerDecoder.forward
+FORWARDS[TransformerDecoder] = TransformerDecoder.forward
 
 
 class Transformer(nn.Transformer):
@@ -721,12 +722,12 @@ def _feed_forward(layer: Any, x: Tensor, last_dropout: nn.Module) -> Tensor:
     """The feed-forward block of a layer, after dropout, in the shape of x."""
     hidden = few_rows.call(layer.linear1, x)
     # Without gradients, nobody else sees the output of a plain linear layer, so it may be overwritten.
-    is_own = modes.is_direct() and type(hidden) is Tensor and few_rows.is_plain(layer.linear1)
+    is_own = modes.is_direct() and type(hidden) is Tensor and is_plain_linear(layer.linear1)
     if layer.activation is not F.relu:
         hidden = element_dropout.call(layer.dropout, layer.activation(hidden))
     elif is_own and not hidden.requires_grad:
         hidden = element_dropout.call(layer.dropout, torch.relu_(hidden))
-    elif few_rows.is_plain(layer.linear2):
+    elif is_plain_linear(layer.linear2):
         hidden = element_dropout.call_after_relu(layer.dropout, hidden)
     else:  # the module may overwrite its input, which `call_after_relu` keeps for backward
         hidden = element_dropout.call(layer.dropout, F.relu(hidden))
