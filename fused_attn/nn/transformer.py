@@ -527,9 +527,9 @@ class TransformerDecoder(nn.TransformerDecoder):
         if not hasattr(cache, "layers"):
             raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}{paged_hint(cache)}")
         if len(cache.layers) != len(self.layers):
-            raise ValueError(f"cache: expected one for {len(self.layers)} layers, got one for {len(cache.layers)}")
+            raise checks.fail("cache", f"one for {len(self.layers)} layers", f"one for {len(cache.layers)}")
         if not self.takes_cache:
-            raise ValueError("cache: expected None, since a layer or its self-attention takes no cache, got one")
+            raise checks.fail("cache", "None, since a layer or its self-attention takes no cache", "one")
 
     def recorded_step(
         self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, cache: KVCache
