@@ -18,6 +18,7 @@ from fused_attn.nn.arguments import check_sizes
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import KVCache
 from fused_attn.nn.generation import Generation, Settings
+from fused_attn.nn.layer_checks import check_layer
 from fused_attn.nn.paged_self_attention import paged_hint
 from fused_attn.nn.restoring import restoring_layers
 from fused_attn.nn.tracing import call_node
@@ -26,7 +27,6 @@ from fused_attn.nn.transformer import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
-    check_layer,
 )
 
 POSITIONAL = ("sinusoidal", "learned", "rotary")
