@@ -2,6 +2,7 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "../common/attention_params.h"
@@ -41,33 +42,34 @@ struct Call {
   void* stream = nullptr;  // a cudaStream_t
 };
 
-// What the size of the workspace depends on. The caller knows all of this before it allocates a tensor.
+// What the size of the workspace depends on. The caller knows all of this before it allocates a tensor. The fields are
+// those of AttentionParams and Call unless said otherwise. Wherever they are listed, they are in this order.
 struct WorkspaceNeeds {
   int architecture = 80;
   bool is_backward = false;
-  bool wants_dquery = false;
-  bool wants_dkey = false;
-  bool wants_dvalue = false;
-  int64_t batch = 0;  // as in AttentionParams and Call
+  int64_t batch = 0;
   int64_t batch_entries = 0;
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;
   int64_t rows_q = 0;
   int64_t rows_k = 0;
+  int64_t seqlen_q = 0;
   int64_t seqlen_k = 0;
-  int64_t head_dim = 0;
+  int64_t head_dim = 0;  // or that of the kernels, which may be larger
   int64_t value_dim = 0;
   bool is_packed = false;
   bool has_key_padding = false;
-  int64_t seqlen_q = 0;
+  int64_t mask_entries = 0;         // different pairs (batch entry, head) in the dense mask; 0 = no mask
   int64_t relative_bias_heads = 0;  // 0 = no relative bias
-  bool wants_dbias = false;
-  std::array<int64_t, 4> dbias_shape{};  // 1 in a dimension that the bias broadcasts along
-  bool wants_dkey_bias = false;
-  bool wants_drelative_bias = false;
   KeySplits splits;
   GradientSplits gradient_splits;
-  int64_t mask_entries = 0;  // different pairs (batch entry, head) in the dense mask; 0 = no mask
+  bool wants_dquery = false;
+  bool wants_dkey = false;
+  bool wants_dvalue = false;
+  // 1 in a dimension that the bias broadcasts along; none = the gradient of bias is not wanted
+  std::optional<std::array<int64_t, 4>> dbias_shape;
+  bool wants_dkey_bias = false;
+  bool wants_drelative_bias = false;
 };
 
 // How many bytes of workspace the kernels need besides inputs and results.

@@ -3,9 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <map>
-#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -101,9 +99,6 @@ WorkspaceNeeds read_needs(const py::kwargs& given) {
   WorkspaceNeeds needs;
   read("architecture", needs.architecture);
   read("is_backward", needs.is_backward);
-  read("wants_dquery", needs.wants_dquery);
-  read("wants_dkey", needs.wants_dkey);
-  read("wants_dvalue", needs.wants_dvalue);
   read("batch", needs.batch);
   read("batch_entries", needs.batch_entries);
   read("num_heads", needs.num_heads);
@@ -116,18 +111,18 @@ WorkspaceNeeds read_needs(const py::kwargs& given) {
   read("value_dim", needs.value_dim);
   read("is_packed", needs.is_packed);
   read("has_key_padding", needs.has_key_padding);
-  read("relative_bias_heads", needs.relative_bias_heads);
-  std::optional<std::array<int64_t, 4>> dbias_shape;
-  read("dbias_shape", dbias_shape);
-  needs.wants_dbias = dbias_shape.has_value();
-  needs.dbias_shape = dbias_shape.value_or(needs.dbias_shape);
-  read("wants_dkey_bias", needs.wants_dkey_bias);
-  read("wants_drelative_bias", needs.wants_drelative_bias);
   read("mask_entries", needs.mask_entries);
+  read("relative_bias_heads", needs.relative_bias_heads);
   read("decode_splits", needs.splits.decode);
   read("large_splits", needs.splits.large);
   read("dq_splits", needs.gradient_splits.dq);
   read("dk_splits", needs.gradient_splits.dk);
+  read("wants_dquery", needs.wants_dquery);
+  read("wants_dkey", needs.wants_dkey);
+  read("wants_dvalue", needs.wants_dvalue);
+  read("dbias_shape", needs.dbias_shape);
+  read("wants_dkey_bias", needs.wants_dkey_bias);
+  read("wants_drelative_bias", needs.wants_drelative_bias);
   checked_splits(needs.gradient_splits.dq, 1, "dq_splits");
   checked_splits(needs.gradient_splits.dk, 1, "dk_splits");
   if (names != given.size()) throw py::type_error("workspace_bytes: an argument that it does not have");
@@ -214,9 +209,8 @@ PYBIND11_MODULE(FUSED_ATTN_CUDA_MODULE, module) {
   module.def(
       "workspace_bytes", [](const py::kwargs& needs) { return gpu::workspace_bytes(gpu::read_needs(needs)); },
       "Size of the workspace in bytes. The arguments are the fields of WorkspaceNeeds, by name. In place of the two\n"
-      "kinds of splits there are decode_splits, large_splits, dq_splits and dk_splits. dbias_shape is None if dbias "
-      "is\n"
-      "not wanted.");
+      "kinds of splits there are decode_splits, large_splits, dq_splits and dk_splits. dbias_shape is None if the\n"
+      "gradient of bias is not wanted.");
   module.def(
       "unusable_reason", [](int device) { return gpu::call_unlocked([&] { return gpu::unusable_reason(device); }); },
       py::arg("device"),

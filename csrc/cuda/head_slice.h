@@ -55,8 +55,8 @@ GPU_DEVICE int32_t listed_page(const Pages& pages, int32_t batch, int32_t key) {
 // The page that a number of the table stands for: the nearest one that exists.
 GPU_DEVICE int32_t existing_page(const Pages& pages, int32_t listed) { return clamp_to(listed, 0, pages.count - 1); }
 
-// The offset of a sequence, or the nearest one within a tensor of `rows` rows. cu_seqlens is read on the GPU only, so it
-// may hold any numbers.
+// The offset of a sequence, or the nearest one within a tensor of `rows` rows. cu_seqlens is read on the GPU only, so
+// it may hold any numbers.
 GPU_DEVICE int32_t offset_in(const int32_t* cu_seqlens, int32_t sequence, int32_t rows) {
   return clamp_to(load_global(cu_seqlens + sequence), 0, rows);
 }

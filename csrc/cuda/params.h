@@ -1,5 +1,4 @@
-// The arguments of kernels: AttentionParams in the types that a GPU computes with. params_of in attention.cu fills them
-// in.
+// The arguments of kernels: AttentionParams in the types that a GPU computes with. params_of.h fills them in.
 #pragma once
 #include <cstdint>
 
@@ -283,8 +282,8 @@ struct Params {
   Rows dk;         // (B, Hkv, S, D)
   Rows dv;         // (B, Hkv, S, Dv)
   float* dsinks;   // (H); null = not wanted
-  // How many programs a block of rows has in the kernel for dq, and in the one for dk and dv. Each program visits a part
-  // of the keys, or queries. The fused backward has the second kind only.
+  // How many programs a block of rows has in the kernel for dq, and in the one for dk and dv. Each program visits a
+  // part of the keys, or queries. The fused backward has the second kind only.
   int32_t dq_splits;
   int32_t dk_splits;
   GradientParts dq_parts;

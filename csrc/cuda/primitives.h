@@ -227,8 +227,8 @@ GPU_DEVICE const V* keep_computed(const V* p);  // p points to global memory
 // Descriptor of a 16-bit matrix in shared memory, at the corner `address` of the operand. Rows have kRowBytes bytes
 // (128 or 64), and are swizzled by as many.
 //   contiguous along k:      groups of 8 rows lie stride_bytes apart; leading_bytes is not used
-//   contiguous along m, n:   the next 8 of k lie stride_bytes further on, and what follows the elements of a row along m
-//                            or n lies leading_bytes further on
+//   contiguous along m, n:   the next 8 of k lie stride_bytes further on, and what follows the elements of a row along
+//                            m or n lies leading_bytes further on
 template <int kRowBytes = 128>
 GPU_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
   static_assert(kRowBytes == 128 || kRowBytes == 64);

@@ -68,7 +68,7 @@ def check_divides(name: str, divisor: int, whole_name: str, whole: int) -> None:
 def check_backend(backend: str | None) -> None:
     """Raises ValueError if there is no backend of this name. Whether a backend can run a call depends on the call."""
     if backend is not None and backend not in BACKEND_NAMES:
-        raise ValueError(f"backend: expected None or one of {BACKEND_NAMES}, got {backend!r}")
+        raise checks.fail("backend", f"None or one of {BACKEND_NAMES}", repr(backend))
 
 
 def check_mask_dtype(name: str, mask: Tensor) -> None:

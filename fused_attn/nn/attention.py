@@ -18,7 +18,7 @@ from fused_attn.api import fused_attention, fused_attention_paged, fused_attenti
 from fused_attn.attention import checks, jagged
 from fused_attn.attention.causal_bias import causal_bias_offset
 from fused_attn.attention.dropout import draw_seed
-from fused_attn.nn import few_rows, small_inference
+from fused_attn.nn import native_linear, small_inference
 from fused_attn.nn.arguments import (
     accepts_cache,
     batch_layout,
@@ -29,6 +29,7 @@ from fused_attn.nn.arguments import (
 )
 from fused_attn.nn.attention_mask import Mask, believed_mask, cached_mask, mask_above, without_padded_queries
 from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCache, paged_hint
+from fused_attn.nn.plain import FORWARDS
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.restoring import restoring
 from fused_attn.nn.self_attention_cache import CachedRows, SlidingSelfAttentionCache, StaticSelfAttentionCache
@@ -161,23 +162,17 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if num_kv_heads is not None:
             checks.check_integer("num_kv_heads", num_kv_heads, "None or an int")
         if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
-            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {num_kv_heads}")
+            raise checks.fail("num_kv_heads", f"a divisor of num_heads={num_heads}", num_kv_heads)
         if relative_bias is not None and not callable(relative_bias):
-            raise TypeError(
-                f"relative_bias: expected a callable (seqlen_q, seqlen_k) -> (H, L + S - 1), "
-                f"got {type(relative_bias).__name__}"
-            )
+            expected = "a callable (seqlen_q, seqlen_k) -> (H, L + S - 1)"
+            raise checks.wrong_type("relative_bias", expected, relative_bias)
         heads_of_bias = getattr(relative_bias, "num_heads", num_heads)
         if heads_of_bias != num_heads:
-            raise ValueError(
-                f"relative_bias: expected a {type(relative_bias).__name__} with num_heads={num_heads}, got one with "
-                f"num_heads={heads_of_bias}"
-            )
+            expected = f"a {type(relative_bias).__name__} with num_heads={num_heads}"
+            raise checks.fail("relative_bias", expected, f"one with num_heads={heads_of_bias}")
         if relative_bias is not None and (add_bias_kv or add_zero_attn):
-            raise ValueError(
-                "relative_bias: expected None with add_bias_kv or add_zero_attn, whose rows are at no distance from "
-                f"a query, got {type(relative_bias).__name__}"
-            )
+            expected = "None with add_bias_kv or add_zero_attn, whose rows are at no distance from a query"
+            raise checks.fail("relative_bias", expected, type(relative_bias).__name__)
         self._group_size = num_heads // (num_kv_heads or num_heads)
         self.rotary = _rotary(rotary, self.head_dim)
         self.relative_bias = relative_bias
@@ -212,7 +207,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             ValueError: there is no backend of this name, or the module's dropout is no probability.
         """
         if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
-            raise TypeError(f"module: expected a torch.nn.MultiheadAttention, got {type(module).__name__}")
+            raise checks.wrong_type("module", "a torch.nn.MultiheadAttention", module)
         check_backend(backend)
         checks.check_flag("skip_padded_queries", skip_padded_queries)
         checks.check_probability("dropout", module.dropout)
@@ -244,7 +239,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     def head_dim(self, head_dim: int) -> None:
         # The constructor of the parent class sets the attribute, and so do tools that change num_heads.
         if head_dim != self.head_dim:
-            raise ValueError(f"head_dim: expected embed_dim // num_heads = {self.head_dim}, got {head_dim}")
+            raise checks.fail("head_dim", f"embed_dim // num_heads = {self.head_dim}", head_dim)
 
     @property
     def num_kv_heads(self) -> int:
@@ -254,9 +249,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     @num_kv_heads.setter
     def num_kv_heads(self, num_kv_heads: int) -> None:
         if num_kv_heads != self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected {self.num_kv_heads}, for which the projections were made, got {num_kv_heads}"
-            )
+            raise checks.fail("num_kv_heads", f"{self.num_kv_heads}, for which the projections were made", num_kv_heads)
 
     def forward(
         self,
@@ -500,7 +493,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         """The output of the module: (N, L, E) or (L, N, E), or (L, E), of the heads (N, H, L, D)."""
         # No copy is made, because the memory order of out follows that of q.
         out = out.transpose(1, 2) if seq_dim == 1 else out.permute(2, 0, 1, 3)
-        out = few_rows.call(self.out_proj, out.flatten(-2))
+        out = native_linear.call(self.out_proj, out.flatten(-2))
         return out if is_batched else out.squeeze(0)
 
     def _nested_forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
@@ -511,7 +504,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         packed = [jagged.pack(name, x, 1) for name, x in (("query", query), ("key", key), ("value", value))]
         is_self, shares_kv = query is key and key is value, key is value
         if key.shape[1] != value.shape[1]:
-            raise ValueError("value: expected the offsets of key, the same tensor, got others")
+            raise checks.fail("value", "the offsets of key, the same tensor", "others")
         q, k, _ = packed
         query, key, value = (x.rows for x in packed)
         projected = self._project(query, key, value, is_self, shares_kv)
@@ -548,26 +541,24 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             ("cache", cache),
         ):
             if given is not None:
-                raise ValueError(f"{name}: expected None with nested tensors, got a {type(given).__name__}")
+                raise checks.fail(name, "None with nested tensors", f"a {type(given).__name__}")
         if need_weights:
-            raise ValueError("need_weights: expected False with nested tensors, whose weights have no common shape")
+            raise checks.fail("need_weights", "False with nested tensors, whose weights have no common shape", "True")
         for option, is_set in (
             ("batch_first=False", not self.batch_first),
             ("add_bias_kv or add_zero_attn", self._num_appended > 0 and not is_strided),
             ("rotary", self.rotary is not None and not is_strided),
         ):
             if is_set:
-                raise ValueError(f"query: expected a dense tensor in a module with {option}, got a nested tensor")
+                raise checks.fail("query", f"a dense tensor in a module with {option}", "a nested tensor")
 
     def _check_heads(self) -> None:
         """Raises ValueError if num_heads was changed after construction to a number that does not fit."""
         check_sizes(1, num_heads=self.num_heads)
         check_divides("num_heads", self.num_heads, "embed_dim", self.embed_dim)
         if self.num_heads % self._group_size:
-            raise ValueError(
-                f"num_heads: expected a multiple of {self._group_size}, the number of heads for each head of keys, "
-                f"got {self.num_heads}"
-            )
+            expected = f"a multiple of {self._group_size}, the number of heads for each head of keys"
+            raise checks.fail("num_heads", expected, self.num_heads)
 
     def _check_inputs(
         self,
@@ -627,36 +618,30 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             )
         seq_dim = 0 if query.dim() == 2 or not self.batch_first else 1
         if not cache.is_filled_once and query.shape[seq_dim] != key.shape[seq_dim]:
-            raise ValueError(
-                f"key: expected as many rows as query, {query.shape[seq_dim]}, with a self-attention cache, got "
-                f"{key.shape[seq_dim]}"
-            )
+            expected = f"as many rows as query, {query.shape[seq_dim]}, with a self-attention cache"
+            raise checks.fail("key", expected, key.shape[seq_dim])
         if self._num_appended:
-            raise ValueError("cache: expected None in a module with add_bias_kv or add_zero_attn, got a cache")
+            raise checks.fail("cache", "None in a module with add_bias_kv or add_zero_attn", "a cache")
         if cache.is_filled_once and (self.rotary is not None or self.relative_bias is not None):
-            raise ValueError(
-                "cache: expected one for self-attention in a module with rotary or relative_bias, got a "
-                + type(cache).__name__
-            )
+            expected = "one for self-attention in a module with rotary or relative_bias"
+            raise checks.fail("cache", expected, f"a {type(cache).__name__}")
         is_mask_given = attn_mask is not None and not is_causal and causal_bias_offset(attn_mask) is None
         if is_mask_given and not cache.is_filled_once:
-            raise ValueError("attn_mask: expected None, or is_causal=True, with a self-attention cache, got a tensor")
+            raise checks.fail("attn_mask", "None, or is_causal=True, with a self-attention cache", "a tensor")
         if isinstance(cache, (StaticSelfAttentionCache, PagedSelfAttentionCache)) and need_weights:
-            raise ValueError(f"need_weights: expected False with a {type(cache).__name__}, got True")
+            raise checks.fail("need_weights", f"False with a {type(cache).__name__}", "True")
         if isinstance(cache, SlidingSelfAttentionCache):
             if self.relative_bias is not None:
-                raise ValueError("cache: expected no sliding window in a module with relative_bias, got one")
+                raise checks.fail("cache", "no sliding window in a module with relative_bias", "one")
             if key_padding_mask is not None:
-                raise ValueError("key_padding_mask: expected None with a sliding window, whose rows move, got a mask")
+                raise checks.fail("key_padding_mask", "None with a sliding window, whose rows move", "a mask")
         if isinstance(cache, PagedSelfAttentionCache):
             if self.relative_bias is not None:
-                raise ValueError(
-                    "cache: expected no pages in a module with relative_bias, got some; use a StaticKVCache"
-                )
+                raise checks.fail("cache", "no pages in a module with relative_bias", "some; use a StaticKVCache")
             if key_padding_mask is not None:
-                raise ValueError("key_padding_mask: expected None with pages, which hold no padding, got a mask")
+                raise checks.fail("key_padding_mask", "None with pages, which hold no padding", "a mask")
             if self.training and self.dropout > 0.0:
-                raise ValueError("cache: expected no pages in training with dropout, got some; call eval() first")
+                raise checks.fail("cache", "no pages in training with dropout", "some; call eval() first")
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """The projections of query (..., E), key (..., kdim) and value (..., vdim).
@@ -682,17 +667,17 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if self.in_proj_weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif is_self:
-            return few_rows.linear(query, self.in_proj_weight, bias).split_with_sizes(sizes, dim=-1)
+            return native_linear.linear(query, self.in_proj_weight, bias).split_with_sizes(sizes, dim=-1)
         elif shares_kv:
             sizes = (self.embed_dim, 2 * kv_dim)
             weights = self.in_proj_weight.split(sizes)
             biases = (None, None) if bias is None else bias.split(sizes)
-            keys_values = few_rows.linear(key, weights[1], biases[1])
-            return few_rows.linear(query, weights[0], biases[0]), *keys_values.chunk(2, dim=-1)
+            keys_values = native_linear.linear(key, weights[1], biases[1])
+            return native_linear.linear(query, weights[0], biases[0]), *keys_values.chunk(2, dim=-1)
         else:
             weights = self.in_proj_weight.split(sizes)
         biases = (None, None, None) if bias is None else bias.split(sizes)
-        return tuple(few_rows.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
+        return tuple(native_linear.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
 
     def _check_projected(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None) -> None:
         """Raises a RuntimeError that names the input whose layout, size, device or dtype does not fit the projections.
@@ -730,7 +715,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
         bias = None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
         try:
-            return few_rows.linear(query, weight, bias)
+            return native_linear.linear(query, weight, bias)
         except RuntimeError:
             self._check_projected(query)
             raise
@@ -891,7 +876,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 setattr(self, name, nn.Parameter(parameter.detach()[..., :kv_dim].clone()))
 
 
-few_rows.FORWARDS[FusedMultiheadAttention] = FusedMultiheadAttention.forward
+FORWARDS[FusedMultiheadAttention] = FusedMultiheadAttention.forward
 
 
 class _Rows(NamedTuple):

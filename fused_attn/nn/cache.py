@@ -140,26 +140,19 @@ class CrossAttentionCache(WritableCopies):
 
         batch: the batch size of the cache
         """
+        filled, hint = "the one that the cache was filled with", "use a new cache for another memory"
         version = _version_of(self._memory)
         if version is not None and self._version is not None and version != self._version:
-            raise ValueError(
-                "memory: expected the one that the cache was filled with, got one that was written in place since; "
-                "use a new cache for another memory"
-            )
+            raise checks.fail("memory", filled, f"one that was written in place since; {hint}")
         if memory is self._memory:
             return
         length = self.length
         sizes = tuple(memory.shape[:-1])
         if sizes not in ((batch, length), (length, batch)) and not (batch == 1 and sizes == (length,)):
-            raise ValueError(
-                f"memory: expected batch size {batch} and length {length}, as in the cache, got shape "
-                f"{tuple(memory.shape)}; use a new cache for another memory"
-            )
+            expected = f"batch size {batch} and length {length}, as in the cache"
+            raise checks.fail("memory", expected, f"shape {tuple(memory.shape)}; {hint}")
         if self._memory is not None and not torch.compiler.is_compiling() and not _is_equal(memory, self._memory):
-            raise ValueError(
-                f"memory: expected the one that the cache was filled with, got another of shape {tuple(memory.shape)}; "
-                "use a new cache for another memory"
-            )
+            raise checks.fail("memory", filled, f"another of shape {tuple(memory.shape)}; {hint}")
         self._memory, self._version = memory, _version_of(memory)
 
 
@@ -436,22 +429,20 @@ class PagedBatch(KVCache):
         if not isinstance(pages, Sequence):
             raise TypeError(f"pages: expected a list with a PagedKVCache for each layer, got {type(pages).__name__}")
         if not pages:
-            raise ValueError("pages: expected a PagedKVCache for each layer, got none")
+            raise checks.fail("pages", "a PagedKVCache for each layer", "none")
         self._parts = [PagedSelfAttentionCache(layer, sequences) for layer in pages]
         self.layers = [LayerCache(self_attention=part) for part in self._parts]
         first = pages[0]
         for i, layer in enumerate(pages):
-            if layer.key_pages.shape[:2] != first.key_pages.shape[:2]:
-                raise ValueError(
-                    "pages: expected the (num_pages, page_size) of layer 0 in all layers, "
-                    f"{tuple(first.key_pages.shape[:2])}, got {tuple(layer.key_pages.shape[:2])} in layer {i}"
-                )
+            sizes, first_sizes = (tuple(x.key_pages.shape[:2]) for x in (layer, first))
+            if sizes != first_sizes:
+                expected = f"the (num_pages, page_size) of layer 0 in all layers, {first_sizes}"
+                raise checks.fail("pages", expected, f"{sizes} in layer {i}")
             for sequence in sequences:
-                if layer.length(sequence) != first.length(sequence):
-                    raise ValueError(
-                        f"sequences: expected the length of sequence {sequence} in layer 0 in all layers, "
-                        f"{first.length(sequence)}, got {layer.length(sequence)} in layer {i}"
-                    )
+                length, first_length = layer.length(sequence), first.length(sequence)
+                if length != first_length:
+                    expected = f"the length of sequence {sequence} in layer 0 in all layers, {first_length}"
+                    raise checks.fail("sequences", expected, f"{length} in layer {i}")
 
     @property
     def sequences(self) -> list[int]:

@@ -39,7 +39,7 @@ def check_count(name: str, count: int) -> None:
     """Raises TypeError or ValueError unless count is an int of at least 1."""
     checks.check_integer(name, count)
     if count < 1:
-        raise ValueError(f"{name}: expected at least 1, got {count}")
+        raise checks.fail(name, "at least 1", count)
 
 
 def checked_length(length: int | Tensor) -> int:
@@ -48,7 +48,7 @@ def checked_length(length: int | Tensor) -> int:
         hint = "; StaticKVCache takes a tensor of lengths" if isinstance(length, Tensor) else ""
         raise TypeError(f"length: expected an int, got {type(length).__name__}{hint}")
     if length < 0:
-        raise ValueError(f"length: expected at least 0, got {length}")
+        raise checks.fail("length", "at least 0", length)
     return length
 
 
@@ -60,23 +60,19 @@ def checked_lengths(lengths: Tensor, batch: int) -> Tensor:
             there, a negative length is taken for 0.
     """
     if lengths.shape != (batch,) or lengths.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"length: expected an int or integers of shape (B,) = ({batch},), got {lengths.dtype} of shape "
-            f"{tuple(lengths.shape)}"
-        )
+        expected = f"an int or integers of shape (B,) = ({batch},)"
+        raise checks.fail("length", expected, f"{lengths.dtype} of shape {tuple(lengths.shape)}")
     if modes.can_read(lengths) and batch > 0 and (least := int(lengths.min())) < 0:
-        raise ValueError(f"length: expected at least 0, got {least}")
+        raise checks.fail("length", "at least 0", least)
     return lengths.clamp(min=0)
 
 
 def check_indices(indices: Tensor) -> None:
     """Raises TypeError or ValueError unless indices are integers (B,), by which a cache is reordered."""
     if not isinstance(indices, Tensor):
-        raise TypeError(f"indices: expected a tensor of shape (B,), got {type(indices).__name__}")
+        raise checks.wrong_type("indices", "a tensor of shape (B,)", indices)
     if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"indices: expected integers of shape (B,), got {indices.dtype} of shape {tuple(indices.shape)}"
-        )
+        raise checks.fail("indices", "integers of shape (B,)", f"{indices.dtype} of shape {tuple(indices.shape)}")
 
 
 def select_entries(x: Tensor, indices: Tensor) -> Tensor:
@@ -116,19 +112,15 @@ def check_pair(key: Tensor, value: Tensor) -> None:
     checks.check_tensor("key", key)
     checks.check_tensor("value", value)
     if key.dim() != 4:
-        raise ValueError(f"key: expected shape (B, Hkv, L, D), got {tuple(key.shape)}")
+        raise checks.fail("key", "shape (B, Hkv, L, D)", tuple(key.shape))
     if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value: expected shape {(*key.shape[:3], 'Dv')}, got {tuple(value.shape)}")
+        raise checks.fail("value", f"shape {(*key.shape[:3], 'Dv')}", tuple(value.shape))
 
 
 def check_continues(name: str, buffer: Tensor, rows: Tensor) -> None:
     """Raises ValueError unless the new rows have the sizes, dtype and device of the rows in the cache."""
     batch, heads, _, columns = buffer.shape
     if (batch, heads, columns) != (rows.shape[0], rows.shape[1], rows.shape[3]):
-        raise ValueError(
-            f"{name}: expected shape ({batch}, {heads}, L, {columns}), as in the cache, got {tuple(rows.shape)}"
-        )
+        raise checks.fail(name, f"shape ({batch}, {heads}, L, {columns}), as in the cache", tuple(rows.shape))
     if (buffer.dtype, buffer.device) != (rows.dtype, rows.device):
-        raise ValueError(
-            f"{name}: expected {buffer.dtype} on {buffer.device}, as in the cache, got {rows.dtype} on {rows.device}"
-        )
+        raise checks.fail(name, f"{buffer.dtype} on {buffer.device}, as in the cache", f"{rows.dtype} on {rows.device}")

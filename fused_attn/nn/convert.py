@@ -57,7 +57,7 @@ def convert_attention(model: nn.Module, backend: str | None = None, *, skip_padd
         ValueError: there is no backend of this name.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise checks.wrong_type("model", "a torch.nn.Module", model)
     check_backend(backend)
     checks.check_flag("skip_padded_queries", skip_padded_queries)
     if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):

@@ -23,7 +23,7 @@ from fused_attn.attention import dropout
 from fused_attn.backends import events
 from fused_attn.backends.cpu import DTYPES
 from fused_attn.native import _C
-from fused_attn.nn.few_rows import is_called_plainly
+from fused_attn.nn.plain import is_called_plainly
 
 #: For fewer elements, torch is as fast: what a call costs whatever its size is 8 us more here, with backward.
 FEWEST_ELEMENTS = 1024

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fused_attn.attention import checks
 from fused_attn.measurement import progress as progress_bar
-from fused_attn.nn import few_rows
+from fused_attn.nn import native_linear
 from fused_attn.nn.cache import StaticKVCache
 from fused_attn.nn.replay import EndWatch, Replayed
 
@@ -187,7 +187,7 @@ class Search:
             hidden = hidden[torch.arange(hidden.shape[0], device=self.device), self.position]
         else:
             hidden = self._decode_newest(self.tokens.gather(1, self.position[:, None]), self.cache)[:, 0]
-        logits = few_rows.call(self.model.generator, hidden)
+        logits = native_linear.call(self.model.generator, hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(self.is_excluded, MINUS_INF)
         if self.seen is not None:
             penalty = self.settings.repetition_penalty
@@ -416,39 +416,37 @@ def check(
     """Raises TypeError or ValueError for arguments of `Seq2SeqTransformer.generate` that do not fit."""
     _check_types(src, prefix, settings, on_tokens, progress, cuda_graph)
     if not 1 <= settings.max_new_tokens <= model.max_len:
-        raise ValueError(f"max_new_tokens: expected 1 to max_len={model.max_len}, got {settings.max_new_tokens}")
+        raise checks.fail("max_new_tokens", f"1 to max_len={model.max_len}", settings.max_new_tokens)
     for name in ("num_beams", "num_return_sequences"):
         if (count := getattr(settings, name)) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+            raise checks.fail(name, "at least 1", count)
     if settings.do_sample and settings.num_beams > 1:
-        raise ValueError(f"num_beams: expected 1 with do_sample=True, got {settings.num_beams}")
+        raise checks.fail("num_beams", "1 with do_sample=True", settings.num_beams)
     if settings.num_beams == 1 and settings.length_penalty != 1.0:
-        raise ValueError(f"length_penalty: expected 1.0 without beams (num_beams=1), got {settings.length_penalty}")
+        raise checks.fail("length_penalty", "1.0 without beams (num_beams=1)", settings.length_penalty)
     if not settings.do_sample:
         for name, default in (("temperature", 1.0), ("top_k", None), ("top_p", None)):
             if (value := getattr(settings, name)) != default:
-                raise ValueError(f"{name}: expected {default} with do_sample=False, got {value}")
+                raise checks.fail(name, f"{default} with do_sample=False", value)
         if settings.num_return_sequences > settings.num_beams:
-            raise ValueError(
-                f"num_return_sequences: expected at most num_beams={settings.num_beams} with do_sample=False, got "
-                f"{settings.num_return_sequences}"
-            )
+            expected = f"at most num_beams={settings.num_beams} with do_sample=False"
+            raise checks.fail("num_return_sequences", expected, settings.num_return_sequences)
     if not (settings.temperature > 0.0 and math.isfinite(settings.temperature)):
-        raise ValueError(f"temperature: expected a finite number > 0, got {settings.temperature}")
+        raise checks.fail("temperature", "a finite number > 0", settings.temperature)
     if settings.top_k is not None and settings.top_k < 1:
-        raise ValueError(f"top_k: expected None or at least 1, got {settings.top_k}")
+        raise checks.fail("top_k", "None or at least 1", settings.top_k)
     if settings.top_p is not None and not 0.0 < settings.top_p <= 1.0:
-        raise ValueError(f"top_p: expected None or a number in (0, 1], got {settings.top_p}")
+        raise checks.fail("top_p", "None or a number in (0, 1]", settings.top_p)
     if not (settings.repetition_penalty > 0.0 and math.isfinite(settings.repetition_penalty)):
-        raise ValueError(f"repetition_penalty: expected a finite number > 0, got {settings.repetition_penalty}")
+        raise checks.fail("repetition_penalty", "a finite number > 0", settings.repetition_penalty)
     if not math.isfinite(settings.length_penalty):
-        raise ValueError(f"length_penalty: expected a finite number, got {settings.length_penalty}")
+        raise checks.fail("length_penalty", "a finite number", settings.length_penalty)
     vocab = model.tgt_embedding.num_embeddings
     for token in settings.stop_ids:
         if not 0 <= token < vocab or token in (model.pad_id, model.sos_id):
-            raise ValueError(f"stop_ids: expected tokens in [0, {vocab}) without pad_id and sos_id, got {token}")
+            raise checks.fail("stop_ids", f"tokens in [0, {vocab}) without pad_id and sos_id", token)
     if on_tokens is not None and settings.num_beams > 1:
-        raise ValueError("on_tokens: expected None with num_beams > 1, whose hypotheses change later, got a callback")
+        raise checks.fail("on_tokens", "None with num_beams > 1, whose hypotheses change later", "a callback")
     if prefix is not None:
         _check_prefix(model, src, prefix, settings)
 
@@ -486,18 +484,18 @@ def _check_prefix(model: Model, src: Tensor, prefix: Tensor, settings: Settings)
     if prefix.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"prefix: expected int64 or int32 tokens, got {prefix.dtype}")
     if prefix.dim() != 2 or prefix.shape[0] != src.shape[0]:
-        raise ValueError(f"prefix: expected shape (B, P) with B = {src.shape[0]}, got {tuple(prefix.shape)}")
+        raise checks.fail("prefix", f"shape (B, P) with B = {src.shape[0]}", tuple(prefix.shape))
     vocab = model.tgt_embedding.num_embeddings
     if prefix.numel():
         least, greatest = (x.item() for x in prefix.aminmax())
         if not 0 <= least <= greatest < vocab:
-            raise ValueError(f"prefix: expected tokens in [0, {vocab}), got {least} to {greatest}")
+            raise checks.fail("prefix", f"tokens in [0, {vocab})", f"{least} to {greatest}")
     most = model.max_len - settings.max_new_tokens
     if prefix.shape[1] > most:
-        raise ValueError(f"prefix: expected at most max_len - max_new_tokens = {most} tokens, got {prefix.shape[1]}")
+        raise checks.fail("prefix", f"at most max_len - max_new_tokens = {most} tokens", prefix.shape[1])
     is_padding = prefix == model.pad_id
     if (is_padding[:, :-1] & ~is_padding[:, 1:]).any():
-        raise ValueError("prefix: expected padding behind the tokens, got padding before a token")
+        raise checks.fail("prefix", "padding behind the tokens", "padding before a token")
 
 
 @contextlib.contextmanager

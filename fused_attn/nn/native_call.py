@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_attn.backends import events
 
@@ -36,3 +36,8 @@ class NativeCall(NamedTuple):
         if self.after is not None:
             self.after()
         return self.out
+
+
+def norm_arguments(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
+    """What native calls get of a layer norm: its weight, bias and eps."""
+    return (None, None, 0.0) if norm is None else (norm._parameters["weight"], norm._parameters["bias"], norm.eps)

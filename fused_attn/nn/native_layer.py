@@ -20,15 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_attn import modes
-from fused_attn.nn import few_rows, small_inference
+from fused_attn.nn import native_linear, small_inference
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.native_call import NativeCall
+from fused_attn.nn.plain import does_nothing, is_called_plainly, is_plain_linear, is_plain_norm
 from fused_attn.nn.restoring import Restoring
 
 Layer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
-
-#: In the place of a parameter that a module does not have
-_MISSING: Any = False
 
 #: attn_mask, key_padding_mask and is_causal
 Masks = tuple[Tensor | None, Tensor | None, bool]
@@ -105,21 +103,21 @@ def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
     if (
         first is None
         or last is None
-        or not few_rows.is_plain(first)
-        or not few_rows.is_plain(last)
+        or not is_plain_linear(first)
+        or not is_plain_linear(last)
         or activation not in ELEMENTWISE
-        or not _does_nothing(modules.get("dropout"))
-        or not _does_nothing(last_dropout)
-        or not _is_plain_norm(norm, x)
+        or not does_nothing(modules.get("dropout"))
+        or not does_nothing(last_dropout)
+        or not is_plain_norm(norm, x)
     ):
         return None
     source = torch.empty_like(x) if layer.norm_first else x
     is_relu = activation is F.relu
-    expand = few_rows.native_call(first, source, relu=is_relu)
+    expand = native_linear.native_call(first, source, relu=is_relu)
     if expand is None:
         return None
     hidden = expand.out
-    contract = few_rows.native_call(last, hidden, residual=x, norm=None if layer.norm_first else norm)
+    contract = native_linear.native_call(last, hidden, residual=x, norm=None if layer.norm_first else norm)
     if contract is None:
         return None
     normalise = (lambda: source.copy_(norm(x)),) if layer.norm_first else ()
@@ -129,9 +127,9 @@ def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
 
 def add_and_normalise(x: Tensor, y: Tensor, norm: Any) -> NativeCall | None:
     """Computes ``norm(x + y)``, where y is what a block of a layer has computed. The layer need not be plain."""
-    if torch.is_grad_enabled() or modes.is_dynamo_compiling() or not _is_plain_norm(norm, x):
+    if torch.is_grad_enabled() or modes.is_dynamo_compiling() or not is_plain_norm(norm, x):
         return None
-    return few_rows.add_and_normalise(x, y, norm)
+    return native_linear.add_and_normalise(x, y, norm)
 
 
 class RecordedStep:
@@ -195,7 +193,7 @@ def record(
     x = row = torch.empty(tgt.shape, dtype=tgt.dtype, device=tgt.device)
     calls: list[Callable[[], Any]] = []
     for layer, layer_cache in zip(layers, cache.layers, strict=True):
-        if not (is_plain(layer, blocks) and few_rows.is_called_plainly(layer)):
+        if not (is_plain(layer, blocks) and is_called_plainly(layer)):
             return None
         own, cross = layer_cache.self_attention, layer_cache.cross_attention
         for part, arguments in (
@@ -227,9 +225,9 @@ def _attention(
     if (
         attn_mask is not None
         or type(module) is not FusedMultiheadAttention
-        or not few_rows.is_called_plainly(module)
-        or not _does_nothing(dropout)
-        or not _is_plain_norm(norm, x)
+        or not is_called_plainly(module)
+        or not does_nothing(dropout)
+        or not is_plain_norm(norm, x)
     ):
         return None
     around = {"norm": norm, "norm_first": layer.norm_first}
@@ -241,21 +239,3 @@ def _attention(
     else:
         call = small_inference.self_attention(module, x, key_padding_mask, is_causal, **around)
     return None if call is None else Steps((call.run,), call.out)
-
-
-def _does_nothing(dropout: nn.Module | None) -> bool:
-    """Whether a call of this module returns its argument."""
-    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and few_rows.is_called_plainly(dropout)
-
-
-def _is_plain_norm(norm: Any, x: Tensor) -> bool:
-    """Whether the native calls can compute the layer norm of the last dimension of x."""
-    if type(norm) is not nn.LayerNorm or x.is_nested or not few_rows.is_called_plainly(norm):
-        return False
-    # FSDP puts plain tensors in the place of parameters, outside of `_parameters`.
-    weight, bias = (norm._parameters.get(name, _MISSING) for name in ("weight", "bias"))
-    return (
-        norm.normalized_shape == x.shape[-1:]
-        and few_rows.is_plain_vector(weight, x.dtype)
-        and (bias is None or few_rows.is_plain_vector(bias, x.dtype))
-    )

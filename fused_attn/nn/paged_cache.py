@@ -84,7 +84,7 @@ class PagedKVCache(WritableCopies):
         }  # fmt: skip
         for name, size in sizes.items():
             if not _is_int(size) or size < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+                raise checks.fail(name, "an int of at least 1", repr(size))
         if dtype is not None:
             checks.check_dtype("dtype", dtype)
         with torch.inference_mode(False):  # a tensor of inference mode could not be written outside of it
@@ -144,7 +144,7 @@ class PagedKVCache(WritableCopies):
         if lengths is None:
             rows = self._check_rows("key", key, self.key_pages, len(sequences))
             if self._check_rows("value", value, self.value_pages, len(sequences)) != rows:
-                raise ValueError(f"value: expected as many rows as key, {rows}, got shape {tuple(value.shape)}")
+                raise checks.fail("value", f"as many rows as key, {rows}", f"shape {tuple(value.shape)}")
             added = dict.fromkeys(sequences, rows)
         else:
             _check_lengths(lengths, len(sequences))
@@ -212,7 +212,7 @@ class PagedKVCache(WritableCopies):
         if not _is_int(length):
             raise checks.wrong_type("length", "an int", length)
         if not 0 <= length <= self._lengths[sequence]:
-            raise ValueError(f"length: expected 0 to {self._lengths[sequence]}, got {length}")
+            raise checks.fail("length", f"0 to {self._lengths[sequence]}", length)
         pages = self._pages[sequence]
         while len(pages) * self.page_size >= length + self.page_size:
             self._release(pages.pop())
@@ -234,7 +234,7 @@ class PagedKVCache(WritableCopies):
             if not _is_int(index):
                 raise TypeError(f"indices: expected ints, got {type(index).__name__} {index!r}")
             if not 0 <= index < len(sequences):
-                raise ValueError(f"indices: expected numbers of [0, {len(sequences)}), got {index}")
+                raise checks.fail("indices", f"numbers of [0, {len(sequences)})", index)
         chosen = [self.fork(sequences[index]) for index in indices]
         for sequence in sequences:
             self.free(sequence)
@@ -251,7 +251,7 @@ class PagedKVCache(WritableCopies):
         """Raises TypeError unless sequences is a list of ints, ValueError if a sequence is unknown or named twice."""
         _check_sequences(sequences)
         if len(set(sequences)) != len(sequences):
-            raise ValueError(f"sequences: expected each sequence once, got {list(sequences)}")
+            raise checks.fail("sequences", "each sequence once", list(sequences))
         for sequence in sequences:
             self._check_known(sequence)
 
@@ -309,7 +309,7 @@ class PagedKVCache(WritableCopies):
         if not _is_int(sequence):
             raise checks.wrong_type("sequence", "an int", sequence)
         if sequence not in self._lengths:
-            raise ValueError(f"sequence: expected one of the {len(self)} sequences of the cache, got {sequence!r}")
+            raise checks.fail("sequence", f"one of the {len(self)} sequences of the cache", repr(sequence))
 
     @classmethod
     def _check_rows(cls, name: str, x: Tensor, pages: Tensor, batch: int) -> int:
@@ -318,7 +318,7 @@ class PagedKVCache(WritableCopies):
         _, _, heads, dim = pages.shape
         if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, dim):
             hint = "; packed rows need lengths" if x.dim() == 3 else ""
-            raise ValueError(f"{name}: expected shape ({batch}, {heads}, L, {dim}), got {tuple(x.shape)}{hint}")
+            raise checks.fail(name, f"shape ({batch}, {heads}, L, {dim})", f"{tuple(x.shape)}{hint}")
         cls._check_kind(name, x, pages)
         return x.shape[2]
 
@@ -328,17 +328,15 @@ class PagedKVCache(WritableCopies):
         checks.check_tensor(name, x)
         expected = (total, *pages.shape[2:])
         if x.shape != expected:
-            raise ValueError(
-                f"{name}: expected shape {expected}, as the lengths add up to {total}, got {tuple(x.shape)}"
-            )
+            raise checks.fail(name, f"shape {expected}, as the lengths add up to {total}", tuple(x.shape))
         cls._check_kind(name, x, pages)
 
     @staticmethod
     def _check_kind(name: str, x: Tensor, pages: Tensor) -> None:
         if x.dtype != pages.dtype or x.device != pages.device:
-            raise ValueError(f"{name}: expected {pages.dtype} on {pages.device}, got {x.dtype} on {x.device}")
+            raise checks.fail(name, f"{pages.dtype} on {pages.device}", f"{x.dtype} on {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: expected a tensor without gradient: append under torch.no_grad()")
+            raise checks.fail(name, "a tensor without gradient", "one that requires it; append under torch.no_grad()")
 
 
 def _is_int(x: object) -> bool:
@@ -358,7 +356,7 @@ def _check_lengths(lengths: Sequence[int], count: int) -> None:
         raise TypeError(f"lengths: expected a list of ints, got {lengths!r}")
     if len(lengths) != count or any(length < 0 for length in lengths):
         expected = f"a number of rows of at least 0 for each of the {count} sequences"
-        raise ValueError(f"lengths: expected {expected}, got {list(lengths)}")
+        raise checks.fail("lengths", expected, list(lengths))
 
 
 def _rows_text(added: dict[int, int]) -> str:

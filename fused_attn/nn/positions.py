@@ -35,9 +35,9 @@ class RotaryEmbedding(nn.Module):
         checks.check_integer("head_dim", head_dim)
         checks.check_number("base", base)
         if head_dim < 0 or head_dim % 2:
-            raise ValueError(f"head_dim: expected an even number of columns to rotate in pairs, got {head_dim}")
+            raise checks.fail("head_dim", "an even number of columns to rotate in pairs", head_dim)
         if not base > 0:
-            raise ValueError(f"base: expected a positive number, got {base}")
+            raise checks.fail("base", "a positive number", base)
         self.head_dim = head_dim
         self.base = base
 
@@ -59,7 +59,7 @@ class RotaryEmbedding(nn.Module):
         """
         checks.check_tensor("x", x)
         if x.shape[-1] != self.head_dim:
-            raise ValueError(f"x: expected head_dim={self.head_dim} columns, got shape {tuple(x.shape)}")
+            raise checks.fail("x", f"head_dim={self.head_dim} columns", f"shape {tuple(x.shape)}")
         dtype = torch.promote_types(x.dtype, torch.float32)
         seq_dim %= x.dim()
         exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=dtype) / self.head_dim
@@ -123,7 +123,7 @@ class T5RelativeBias(nn.Module):
         checks.check_integer("num_heads", num_heads)
         check_buckets("num_buckets", num_buckets, bidirectional, max_distance)
         if num_heads < 1:
-            raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+            raise checks.fail("num_heads", "at least 1", num_heads)
         self.num_heads = num_heads
         self.bidirectional = bidirectional
         self.max_distance = max_distance

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from fused_attn.attention import checks
+
 #: A step is captured after so many ordinary calls, which compile kernels and fill caches.
 WARM_UP_STEPS = 2
 #: With fewer steps left, a capture costs more than it saves.
@@ -45,7 +47,7 @@ class Replayed:
         self._step, self._device, self._generator = step, device, generator
         reason = "" if cuda_graph is False else why_not(device, model)
         if cuda_graph and reason:
-            raise ValueError(f"cuda_graph: expected None or False, since {reason}, got True")
+            raise checks.fail("cuda_graph", f"None or False, since {reason}", "True")
         self._may_capture = cuda_graph is not False and not reason
         self._must_capture = bool(cuda_graph)
         self.forget()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_attn.attention import checks
 from fused_attn.nn.cache_checks import (
     WritableCopies,
     check_continues,
@@ -117,7 +118,7 @@ class SelfAttentionCache(WritableCopies):
             check_continues("value", self._values, value)
         length = self.length + key.shape[2]
         if self._max_length is not None and length > self._max_length:
-            raise ValueError(f"cache: expected at most max_length={self._max_length} rows, got {length}")
+            raise checks.fail("cache", f"at most max_length={self._max_length} rows", length)
         if torch.is_grad_enabled():
             self._is_writable = False
             self._keys, self._values = self._concatenated(self._keys, key), self._concatenated(self._values, value)
@@ -306,7 +307,7 @@ class StaticSelfAttentionCache(WritableCopies):
             return
         batch = self._rows.lengths.shape[0]
         if indices.shape[0] != batch:
-            raise ValueError(f"indices: expected the batch size of a static cache, {batch}, got {indices.shape[0]}")
+            raise checks.fail("indices", f"the batch size of a static cache, {batch}", indices.shape[0])
         for x in self._rows.contents():
             x.copy_(select_entries(x, indices))
 
@@ -348,14 +349,12 @@ class StaticSelfAttentionCache(WritableCopies):
             check_continues("key", self._rows.keys, key)
             check_continues("value", self._rows.values, value)
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
-            raise ValueError(
-                "cache: expected keys and values without gradient in a static cache, got one; use torch.no_grad()"
-            )
+            raise checks.fail("cache", "keys and values without gradient in a static cache", "one; use torch.no_grad()")
         if self._at_most is None or torch.compiler.is_compiling():
             return  # On a CPU, a write behind the buffer raises IndexError. On a GPU, its kernel stops with an error.
         most = self._at_most + key.shape[2]
         if most > self.max_length:
-            raise ValueError(f"cache: expected at most max_length={self.max_length} rows, got {most}")
+            raise checks.fail("cache", f"at most max_length={self.max_length} rows", most)
         self._at_most = most
 
     def _write(self, rows: _StaticRows, key: Tensor, value: Tensor) -> CachedRows:
@@ -414,9 +413,7 @@ class SlidingSelfAttentionCache(StaticSelfAttentionCache):
     def crop(self, length: int | Tensor) -> None:
         """Forget all rows from row `length` on. Only 0 is possible, because old rows have been overwritten."""
         if isinstance(length, Tensor) or checked_length(length) != 0:
-            raise ValueError(
-                f"length: expected 0 for a sliding window, whose older rows have been overwritten, got {length}"
-            )
+            raise checks.fail("length", "0 for a sliding window, whose older rows have been overwritten", length)
         if self._rows is not None:
             self._rows.lengths.zero_()
 

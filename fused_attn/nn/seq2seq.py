@@ -18,6 +18,7 @@ from fused_attn.nn.arguments import check_sizes
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import KVCache
 from fused_attn.nn.generation import Generation, Settings
+from fused_attn.nn.layer_checks import check_layer
 from fused_attn.nn.paged_self_attention import paged_hint
 from fused_attn.nn.restoring import restoring_layers
 from fused_attn.nn.tracing import call_node
@@ -26,7 +27,6 @@ from fused_attn.nn.transformer import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
-    check_layer,
 )
 
 POSITIONAL = ("sinusoidal", "learned", "rotary")
@@ -102,7 +102,7 @@ class Seq2SeqTransformer(nn.Module):
         check_layer(d_model, nhead, dim_feedforward, dropout, activation)
         checks.check_flags(norm_first=norm_first, tie_generator=tie_generator)
         if positional not in POSITIONAL:
-            raise ValueError(f"positional: expected one of {POSITIONAL}, got {positional!r}")
+            raise checks.fail("positional", f"one of {POSITIONAL}", repr(positional))
         self.d_model, self.max_len = d_model, max_len
         self.pad_id, self.sos_id, self.eos_id = pad_id, sos_id, eos_id
         factory = {"device": device, "dtype": dtype}
@@ -233,9 +233,9 @@ class Seq2SeqTransformer(nn.Module):
         for name, tokens in (("src", src), ("tgt", tgt)):
             checks.check_tensor(name, tokens)
             if tokens.dim() != 2:
-                raise ValueError(f"{name}: expected shape (B, L), got {tuple(tokens.shape)}")
+                raise checks.fail(name, "shape (B, L)", tuple(tokens.shape))
         if src.shape[0] != tgt.shape[0]:
-            raise ValueError(f"tgt: expected the batch size of src, {src.shape[0]}, got shape {tuple(tgt.shape)}")
+            raise checks.fail("tgt", f"the batch size of src, {src.shape[0]}", f"shape {tuple(tgt.shape)}")
         return self.decode(tgt, *self.encode(src))
 
     def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
@@ -435,27 +435,24 @@ class Seq2SeqTransformer(nn.Module):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected int64 or int32 tokens, got {tokens.dtype}")
         if tokens.dim() != 2:
-            raise ValueError(f"{name}: expected shape (B, L), got {tuple(tokens.shape)}")
+            raise checks.fail(name, "shape (B, L)", tuple(tokens.shape))
         count = tokens.shape[1]
         if isinstance(start, int):
             rows: Any = slice(start, start + count)
             if rows.stop > self.max_len:
-                raise ValueError(f"{name}: expected at most max_len={self.max_len} tokens, got {rows.stop}")
+                raise checks.fail(name, f"at most max_len={self.max_len} tokens", rows.stop)
         else:
             if start.shape[0] != tokens.shape[0]:
-                raise ValueError(
-                    f"{name}: expected the batch size of the cache, {start.shape[0]}, got {tokens.shape[0]}"
-                )
+                raise checks.fail(name, f"the batch size of the cache, {start.shape[0]}", tokens.shape[0])
             if modes.can_read(start) and start.numel() and (most := int(start.max()) + count) > self.max_len:
-                raise ValueError(f"{name}: expected at most max_len={self.max_len} tokens, got {most}")
+                raise checks.fail(name, f"at most max_len={self.max_len} tokens", most)
             rows = start[:, None] if count == 1 else start[:, None] + torch.arange(count, device=start.device)
         try:
             x = embedding(tokens)
         except IndexError:
             bounds = tokens.min().item(), tokens.max().item()
-            raise ValueError(
-                f"{name}: expected tokens in [0, {embedding.num_embeddings}), got {bounds[0]} to {bounds[1]}"
-            ) from None
+            expected = f"tokens in [0, {embedding.num_embeddings})"
+            raise checks.fail(name, expected, f"{bounds[0]} to {bounds[1]}") from None
         x = x * math.sqrt(self.d_model)
         if self.positional == "learned":
             positions: Any = self.src_positions if name == "src" else self.tgt_positions
@@ -524,10 +521,8 @@ def _check_vocabularies(
     ):
         checks.check_integer(name, token)
         if not 0 <= token < size:
-            raise ValueError(f"{name}: expected a token in [0, {size}), got {token}")
+            raise checks.fail(name, f"a token in [0, {size})", token)
     if len({pad_id, sos_id, eos_id}) < 3:
-        raise ValueError(f"pad_id, sos_id, eos_id: expected three different tokens, got {(pad_id, sos_id, eos_id)}")
+        raise checks.fail("pad_id, sos_id, eos_id", "three different tokens", (pad_id, sos_id, eos_id))
     if share_embeddings and src_vocab_size != tgt_vocab_size:
-        raise ValueError(
-            f"share_embeddings: expected vocabularies of one size, got {src_vocab_size} and {tgt_vocab_size}"
-        )
+        raise checks.fail("share_embeddings", "vocabularies of one size", f"{src_vocab_size} and {tgt_vocab_size}")

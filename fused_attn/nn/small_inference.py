@@ -18,12 +18,13 @@ from fused_attn import modes
 from fused_attn.api import fused_attention
 from fused_attn.backends.cpu import DTYPES, MAX_HEAD_DIM
 from fused_attn.native import _C
-from fused_attn.nn import few_rows
+from fused_attn.nn import native_linear
 from fused_attn.nn.cache import CrossAttentionCache
-from fused_attn.nn.native_call import NativeCall
+from fused_attn.nn.native_call import NativeCall, norm_arguments
+from fused_attn.nn.plain import is_plain_linear
 from fused_attn.nn.self_attention_cache import StaticSelfAttentionCache
 
-#: With more rows than `few_rows.most_rows`, the largest number of multiply-adds in the projections for which
+#: With more rows than `native_linear.most_rows`, the largest number of multiply-adds in the projections for which
 #: `self_attention` makes the native call. Up to this size, the native call takes at most 0.96 of the time that
 #: `FusedMultiheadAttention.forward` takes without the native call. This was measured on one core and on two. With few
 #: rows, the native call takes a third of the time.
@@ -59,10 +60,11 @@ def self_attention(
     parameters, out_parameters = module._parameters, out_proj._parameters
     out = torch.empty_like(x)
     if not is_small(module, x):
-        return CallOfParts(module, x, key_padding_mask, is_causal, norm, norm_first, out)
+        # In training mode, many rows are left to torch. `native_linear.native_call` says why.
+        return None if module.training else CallOfParts(module, x, key_padding_mask, is_causal, norm, norm_first, out)
     arguments = (
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
-        out, module.num_heads, key_padding_mask, is_causal, *few_rows.norm_arguments(norm), norm_first,
+        out, module.num_heads, key_padding_mask, is_causal, *norm_arguments(norm), norm_first,
     )  # fmt: skip
     return NativeCall("self_attention[cpu]", _C.self_attention, arguments, out)
 
@@ -88,16 +90,16 @@ class CallOfParts(NamedTuple):
         backend: Any = module.backend
         of_result = out_proj._parameters
         rows = norm(x) if norm is not None and self.norm_first else x
-        projected = few_rows.linear_call(rows, of_heads["in_proj_weight"], of_heads["in_proj_bias"]).run()
+        projected = native_linear.linear_call(rows, of_heads["in_proj_weight"], of_heads["in_proj_bias"]).run()
         heads = projected.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
         q, k, v = heads.split_with_sizes((module.num_heads, module.num_kv_heads, module.num_kv_heads), dim=1)
         attended: Any = fused_attention(
-            q, k, v, key_padding_mask=self.key_padding_mask, is_causal=self.is_causal,
+            q, k, v, None, key_padding_mask=self.key_padding_mask, is_causal=self.is_causal,
             enable_gqa=module.num_kv_heads != module.num_heads, backend=backend,
         )  # fmt: skip
         rows = attended.transpose(1, 2).flatten(-2).contiguous()
         residual, last = None if norm is None else x, None if self.norm_first else norm
-        project = few_rows.linear_call(
+        project = native_linear.linear_call(
             rows, of_result["weight"], of_result["bias"], residual=residual, norm=last, out=self.out
         )
         return project.run()
@@ -106,7 +108,7 @@ class CallOfParts(NamedTuple):
 def is_small(module: nn.MultiheadAttention, x: Tensor) -> bool:
     """Whether one native call is faster than one operator after another, for x (N, L, E)."""
     features = module.embed_dim
-    if x.shape[0] * x.shape[1] <= few_rows.most_rows(x.dtype, features, features):
+    if x.shape[0] * x.shape[1] <= native_linear.most_rows(x.dtype, features, features):
         return True
     return x.numel() * 2 * (features + module.num_kv_heads * module.head_dim) <= MOST_PRODUCTS
 
@@ -142,7 +144,7 @@ def attention_step(
         return None
     if query.dim() != 3 or query.shape[1 - batch_dim] != 1:
         return None
-    if query.shape[batch_dim] > few_rows.most_rows(query.dtype, module.embed_dim, module.embed_dim):
+    if query.shape[batch_dim] > native_linear.most_rows(query.dtype, module.embed_dim, module.embed_dim):
         return None
     if not is_plain(module) or not _takes_options(module):
         return None
@@ -174,7 +176,7 @@ def attention_step(
     arguments = (
         of_entries[0], parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"],
         out_parameters["bias"], of_entries[1], module.num_heads, keys, values, lengths, key_lengths, key_padding_mask,
-        *few_rows.norm_arguments(norm), norm_first,
+        *norm_arguments(norm), norm_first,
     )  # fmt: skip
     after = cache.count_filled if is_static else None
     return NativeCall("attention_step[cpu]", _C.attention_step, arguments, out, after=after)
@@ -212,7 +214,7 @@ def is_plain(module: nn.MultiheadAttention) -> bool:
     out_proj: Any = module._modules["out_proj"]  # the dicts, since attributes of modules take three times as long
     return (
         type(module).__base__ is nn.MultiheadAttention  # FusedMultiheadAttention itself, which cannot be imported here
-        and few_rows.is_plain(out_proj)
+        and is_plain_linear(out_proj)
         and _is_plain_parameter(module, "in_proj_weight")
         and _is_plain_parameter(module, "in_proj_bias")
         and _is_plain_parameter(out_proj, "weight")

@@ -32,24 +32,27 @@ from torch.overrides import has_torch_function_variadic
 
 from fused_attn import modes
 from fused_attn.attention import checks
-from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.nn import element_dropout, few_rows, native_layer
-from fused_attn.nn.arguments import (
-    accepts_cache,
-    batch_layout,
-    check_backend,
-    check_divides,
-    check_mask_dtype,
-    check_sizes,
-)
+from fused_attn.nn import element_dropout, native_layer, native_linear
+from fused_attn.nn.arguments import accepts_cache, batch_layout, check_backend, check_sizes
 from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention, keep_fast_path_off
+from fused_attn.nn.layer_checks import (
+    check_compared,
+    check_decoder_masks,
+    check_hint,
+    check_layer,
+    check_memory,
+    check_module,
+    check_stack,
+)
 from fused_attn.nn.paged_self_attention import paged_hint
+from fused_attn.nn.plain import FORWARDS, is_called_plainly, is_plain_linear
 from fused_attn.nn.replacement import replace_attention
 from fused_attn.nn.restoring import restoring_layers
+from fused_attn.nn.stack_masks import dense_mask, mask_and_flag
 from fused_attn.nn.tracing import call_node
 
 if TYPE_CHECKING:
-    from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache
+    from fused_attn.nn.cache import KVCache, LayerCache
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -189,7 +192,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         *,
         backend: str | None = None,
     ):
-        _check_stack("encoder_layer", encoder_layer, num_layers, norm)
+        check_stack("encoder_layer", encoder_layer, num_layers, norm)
         checks.check_flags(enable_nested_tensor=enable_nested_tensor, mask_check=mask_check)
         # With True, the parent class would warn about layers that its fast path cannot take.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
@@ -222,16 +225,16 @@ class TransformerEncoder(nn.TransformerEncoder):
                 return node
         checks.check_tensor("src", src)
         checks.check_tensors(mask=mask, src_key_padding_mask=src_key_padding_mask)
-        _check_compared("mask", mask)
-        _check_hint("is_causal", is_causal)
+        check_compared("mask", mask)
+        check_hint("is_causal", is_causal)
         if src.is_nested:
             raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
         seqlen = _seqlen(src, self.layers)
         if not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             # Layers of other classes get the masks in the form that the parent class passes.
-            mask = _dense_mask(mask, is_causal, seqlen, src.device)
+            mask = dense_mask(mask, is_causal, seqlen, src.device)
             return super().forward(src, mask, src_key_padding_mask, is_causal)
-        mask, is_causal = _causal_mask(mask, is_causal, src_key_padding_mask, seqlen)
+        mask, is_causal = mask_and_flag(mask, is_causal, src_key_padding_mask, seqlen)
         for layer in self.layers:
             src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal)
         return src if self.norm is None else self.norm(src)
@@ -329,7 +332,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 return node
         checks.check_tensor("tgt", tgt)
         checks.check_tensor("memory", memory)
-        _check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
+        check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
         checks.check_flag("tgt_is_causal", tgt_is_causal)
         if cache is not None and not hasattr(cache, "self_attention"):
             raise TypeError(
@@ -447,7 +450,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         *,
         backend: str | None = None,
     ):
-        _check_stack("decoder_layer", decoder_layer, num_layers, norm)
+        check_stack("decoder_layer", decoder_layer, num_layers, norm)
         super().__init__(decoder_layer, num_layers, norm)
         _fuse(self.layers, backend)
 
@@ -487,12 +490,12 @@ class TransformerDecoder(nn.TransformerDecoder):
                 return node
         checks.check_tensor("tgt", tgt)
         checks.check_tensor("memory", memory)
-        _check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
-        _check_compared("tgt_mask", tgt_mask)
-        _check_hint("tgt_is_causal", tgt_is_causal)
+        check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
+        check_compared("tgt_mask", tgt_mask)
+        check_hint("tgt_is_causal", tgt_is_causal)
         seqlen = _seqlen(tgt, self.layers)
         if cache is None and not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
-            tgt_mask = _dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt.device)
+            tgt_mask = dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt.device)
             return super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
                 tgt_is_causal, memory_is_causal,
@@ -505,7 +508,7 @@ class TransformerDecoder(nn.TransformerDecoder):
             first: Any = self.layers[0]
             if type(first) is not TransformerDecoderLayer:  # which may pass another tensor to its attention
                 check_memory(first, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, None)
-        tgt_mask, tgt_is_causal = _causal_mask(tgt_mask, tgt_is_causal, tgt_key_padding_mask, seqlen)
+        tgt_mask, tgt_is_causal = mask_and_flag(tgt_mask, tgt_is_causal, tgt_key_padding_mask, seqlen)
         with contextlib.nullcontext() if cache is None else restoring_layers(cache.layers):
             for layer, layer_cache in zip(self.layers, caches, strict=True):
                 tgt = layer(
@@ -526,9 +529,9 @@ class TransformerDecoder(nn.TransformerDecoder):
         if not hasattr(cache, "layers"):
             raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}{paged_hint(cache)}")
         if len(cache.layers) != len(self.layers):
-            raise ValueError(f"cache: expected one for {len(self.layers)} layers, got one for {len(cache.layers)}")
+            raise checks.fail("cache", f"one for {len(self.layers)} layers", f"one for {len(cache.layers)}")
         if not self.takes_cache:
-            raise ValueError("cache: expected None, since a layer or its self-attention takes no cache, got one")
+            raise checks.fail("cache", "None, since a layer or its self-attention takes no cache", "one")
 
     def recorded_step(
         self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, cache: KVCache
@@ -552,7 +555,7 @@ class TransformerDecoder(nn.TransformerDecoder):
             None if only `forward` can compute the step: on a GPU, with gradients, with hooks, and with modules of other
             classes.
         """
-        if type(self) is not TransformerDecoder or not few_rows.is_called_plainly(self):
+        if type(self) is not TransformerDecoder or not is_called_plainly(self):
             return None
         padding = memory_key_padding_mask
         self._check_cache(cache)
@@ -584,7 +587,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         return all(getattr(layer, "takes_cache", False) for layer in self.layers)
 
 
-few_rows.FORWARDS[TransformerDecoder] = TransformerDecoder.forward
+FORWARDS[TransformerDecoder] = TransformerDecoder.forward
 
 
 class Transformer(nn.Transformer):
@@ -632,7 +635,7 @@ class Transformer(nn.Transformer):
         check_sizes(0, num_encoder_layers=num_encoder_layers, num_decoder_layers=num_decoder_layers)
         checks.check_flags(batch_first=batch_first, norm_first=norm_first, bias=bias)
         for name, module in (("custom_encoder", custom_encoder), ("custom_decoder", custom_decoder)):
-            _check_module(name, module)
+            check_module(name, module)
 
         def stack(stack_class: type, layer_class: type, num_layers: int) -> nn.Module:
             """An encoder or a decoder with num_layers new layers and a final norm."""
@@ -686,13 +689,13 @@ class Transformer(nn.Transformer):
             if node is not None:
                 return node
         checks.check_tensor("tgt", tgt)
-        _check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
+        check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
         checks.check_tensor("src", src)
         checks.check_tensors(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
-        _check_compared("src_mask", src_mask)
-        _check_compared("tgt_mask", tgt_mask)
-        _check_hint("src_is_causal", src_is_causal)
-        _check_hint("tgt_is_causal", tgt_is_causal)
+        check_compared("src_mask", src_mask)
+        check_compared("tgt_mask", tgt_mask)
+        check_hint("src_is_causal", src_is_causal)
+        check_hint("tgt_is_causal", tgt_is_causal)
         batch_dim = 0 if self.batch_first else 1
         if src.dim() == tgt.dim() == 3 and src.shape[batch_dim] != tgt.shape[batch_dim]:
             raise RuntimeError(
@@ -723,135 +726,18 @@ def _residual(layer: Any, x: Tensor, norm: nn.Module, block: Callable[[Tensor], 
 
 def _feed_forward(layer: Any, x: Tensor, last_dropout: nn.Module) -> Tensor:
     """The feed-forward block of a layer, after dropout, in the shape of x."""
-    hidden = few_rows.call(layer.linear1, x)
+    hidden = native_linear.call(layer.linear1, x)
     # Without gradients, nobody else sees the output of a plain linear layer, so it may be overwritten.
-    is_own = modes.is_direct() and type(hidden) is Tensor and few_rows.is_plain(layer.linear1)
+    is_own = modes.is_direct() and type(hidden) is Tensor and is_plain_linear(layer.linear1)
     if layer.activation is not F.relu:
         hidden = element_dropout.call(layer.dropout, layer.activation(hidden))
     elif is_own and not hidden.requires_grad:
         hidden = element_dropout.call(layer.dropout, torch.relu_(hidden))
-    elif few_rows.is_plain(layer.linear2):
+    elif is_plain_linear(layer.linear2):
         hidden = element_dropout.call_after_relu(layer.dropout, hidden)
     else:  # the module may overwrite its input, which `call_after_relu` keeps for backward
         hidden = element_dropout.call(layer.dropout, F.relu(hidden))
-    return element_dropout.call(last_dropout, few_rows.call(layer.linear2, hidden))
-
-
-def check_layer(
-    d_model: int,
-    nhead: int,
-    dim_feedforward: int,
-    dropout: float,
-    activation: str | Callable[[Tensor], Tensor],
-    layer_norm_eps: float = 1e-5,
-) -> None:
-    """Raises TypeError or ValueError if no layer can have these arguments."""
-    check_sizes(1, d_model=d_model, nhead=nhead)
-    check_sizes(0, dim_feedforward=dim_feedforward)
-    check_divides("nhead", nhead, "d_model", d_model)
-    checks.check_probability("dropout", dropout)
-    if not isinstance(activation, str) and not callable(activation):
-        raise checks.wrong_type("activation", "a name or a callable", activation)
-    checks.check_number("layer_norm_eps", layer_norm_eps)
-    if not layer_norm_eps >= 0.0:
-        raise checks.fail("layer_norm_eps", "a number >= 0", layer_norm_eps)
-
-
-def _check_stack(name: str, layer: nn.Module, num_layers: int, norm: nn.Module | None) -> None:
-    """Raises TypeError or ValueError if no stack can have these arguments. name: the argument `layer`"""
-    if not isinstance(layer, nn.Module):
-        raise checks.wrong_type(name, "a torch.nn.Module", layer)
-    check_sizes(0, num_layers=num_layers)
-    _check_module("norm", norm)
-
-
-def _check_module(name: str, module: nn.Module | None) -> None:
-    """Raises TypeError unless module is a module or None."""
-    if module is not None and not isinstance(module, nn.Module):
-        raise checks.wrong_type(name, "None or a torch.nn.Module", module)
-
-
-def _check_hint(name: str, is_causal: bool | None) -> None:
-    """Raises TypeError unless the hint is None or a bool."""
-    if is_causal is not None:
-        checks.check_flag(name, is_causal)
-
-
-def _check_compared(name: str, mask: Tensor | None) -> None:
-    """Raises AssertionError if a mask is neither bool nor floating point.
-
-    Attention would raise this error, too, but only after a stack has compared the mask with the causal mask.
-    """
-    if mask is not None and causal_bias(mask) is None:
-        check_mask_dtype(name, mask)
-
-
-def _check_decoder_masks(
-    tgt_mask: Tensor | None,
-    memory_mask: Tensor | None,
-    tgt_key_padding_mask: Tensor | None,
-    memory_key_padding_mask: Tensor | None,
-    memory_is_causal: bool,
-) -> None:
-    """Raises TypeError if a mask of a decoder is no tensor, or its hint no bool.
-
-    Attention would raise such an error, too, but it would speak of its own arguments.
-    """
-    checks.check_tensors(
-        tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
-        memory_key_padding_mask=memory_key_padding_mask,
-    )  # fmt: skip
-    checks.check_flag("memory_is_causal", memory_is_causal)
-
-
-def check_memory(
-    layer: Any,
-    tgt: Tensor,
-    memory: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-    cache: CrossAttentionCache | None,
-) -> None:
-    """Raises the errors that cross-attention would raise, before self-attention adds its rows to the cache.
-
-    `Restoring` takes these rows out again after an error, but not in compiled code.
-
-    layer: a decoder layer
-    mask, key_padding_mask, is_causal: those of the memory
-    cache: that of the cross-attention of the layer. None means that it is not looked at
-    """
-    sizes, tgt_sizes = memory.shape, tgt.shape
-    if len(sizes) != len(tgt_sizes):
-        raise AssertionError(f"memory: expected {len(tgt_sizes)} dimensions, as tgt has, got {tuple(sizes)}")
-    batch, length, rows = 1, sizes[0], tgt_sizes[0]
-    if len(sizes) == 3:
-        batch_dim = 0 if layer.self_attn.batch_first else 1
-        batch, length, rows = sizes[batch_dim], sizes[1 - batch_dim], tgt_sizes[1 - batch_dim]
-        if batch != tgt_sizes[batch_dim]:
-            raise RuntimeError(
-                f"memory: expected the batch size of tgt, {tgt_sizes[batch_dim]}, got {batch}; "
-                + batch_layout(batch_dim == 0)
-            )
-    if key_padding_mask is not None:
-        check_mask_dtype("memory_key_padding_mask", key_padding_mask)
-        expected = (batch, length) if len(sizes) == 3 else (length,)
-        if key_padding_mask.shape != expected:
-            raise AssertionError(
-                f"memory_key_padding_mask: expected shape {expected}, got {tuple(key_padding_mask.shape)}"
-            )
-    attention = layer._modules.get("multihead_attn")  # looking up an attribute of a module takes three times as long
-    if isinstance(attention, FusedMultiheadAttention):
-        if sizes[-1] != attention.kdim:
-            raise RuntimeError(f"memory: expected {attention.kdim} features, got shape {tuple(sizes)}")
-        if mask is not None and causal_bias(mask) is None:
-            check_mask_dtype("memory_mask", mask)
-            is_read = key_padding_mask is not None or not is_causal
-            shapes = (rows, length), (batch * attention.num_heads, rows, length)
-            if is_read and mask.shape not in shapes:
-                raise RuntimeError(f"memory_mask: expected shape {shapes[0]} or {shapes[1]}, got {tuple(mask.shape)}")
-    if cache is not None:
-        cache.get(memory)
+    return element_dropout.call(last_dropout, native_linear.call(layer.linear2, hidden))
 
 
 def _fuse(layers: nn.ModuleList, backend: str | None) -> None:
@@ -902,59 +788,3 @@ def _seqlen(x: Tensor, layers: nn.ModuleList) -> int:
     """The length L of x, which is (N, L, E), (L, N, E) or (L, E). The batch_first of the first layer decides."""
     first: Any = layers[0]
     return x.shape[1 if x.dim() == 3 and first.self_attn.batch_first else 0]
-
-
-def _causal_mask(
-    mask: Tensor | None, is_causal: bool | None, key_padding_mask: Tensor | None, seqlen: int
-) -> tuple[Tensor | None, bool]:
-    """(mask, is_causal) for the layers of a stack. If the mask is causal, the layers get the flag in its place.
-
-    - Without padding, the layers believe a hint and do not read the mask.
-    - With padding, every layer would read the mask. So the mask is compared with the causal mask once, here.
-    - The comparison waits for a GPU. `torch.nn.Transformer` waits, too, whenever it gets no hint.
-    - is_causal=True without a mask needs no comparison. Neither does a mask that is
-      ``torch.nn.attention.bias.causal_upper_left(L, L)``.
-    """
-    if mask is None:
-        return None, bool(is_causal)
-    bias = causal_bias(mask)
-    if bias is not None:
-        # A causal bias holds no data, so the flag replaces the bias. If the sizes do not fit, attention raises.
-        return (None, True) if bias[:3] == (seqlen, seqlen, 0) else (mask, bool(is_causal))
-    if is_causal is not None and key_padding_mask is None:
-        return mask, is_causal
-    if is_causal is False or not _can_look_at(mask) or not _is_causal(mask, seqlen):
-        return mask, bool(is_causal)
-    return (mask if key_padding_mask is None else None), True
-
-
-def _dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, device: torch.device) -> Tensor | None:
-    """The mask for layers of other classes, which read a mask and not the flag is_causal.
-
-    A causal bias, or is_causal=True without a mask, becomes a bool mask (L, S), in which True hides the key.
-    """
-    bias = None if mask is None else causal_bias(mask)
-    if bias is None and not (mask is None and is_causal):
-        return mask
-    rows, columns, offset = (seqlen, seqlen, 0) if bias is None else bias[:3]
-    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu(offset + 1)
-
-
-def _can_look_at(mask: Tensor) -> bool:
-    """Whether the contents of the mask may be compared.
-
-    A traced graph and a captured one cannot read values. A mask that requires grad must be used itself.
-    """
-    if torch.compiler.is_compiling() or mask.requires_grad:
-        return False
-    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _is_causal(mask: Tensor, seqlen: int) -> bool:
-    """Whether the mask is (L, L) and hides the scores above the diagonal and no others, as True or as -inf."""
-    if mask.shape != (seqlen, seqlen):
-        return False
-    hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
-    if mask.dtype == torch.bool:
-        return torch.equal(mask, hidden)
-    return torch.equal(mask, torch.zeros_like(mask).masked_fill(hidden, float("-inf")))

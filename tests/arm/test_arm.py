@@ -21,7 +21,9 @@ TESTS = FOLDER.parent
             ["backends/cpu/test_isa.py", "-k", "test_case or everything or huge or kept or bias_of_scores"], id="blocks"
         ),
         pytest.param(["backends/cpu/test_isa.py", "-k", "few or decoding or slabs or finite"], id="few-queries"),
-        pytest.param(["nn/test_small_inference.py", "nn/test_few_rows.py", "nn/test_decoder_step.py"], id="modules"),
+        pytest.param(
+            ["nn/test_small_inference.py", "nn/test_native_linear.py", "nn/test_decoder_step.py"], id="modules"
+        ),
         pytest.param(["nn/test_element_dropout.py", "-k", "kernel or layers"], id="dropout"),
     ],
 )

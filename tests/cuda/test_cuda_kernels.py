@@ -267,12 +267,11 @@ def test_workspace_grows_with_the_length(head_dim: int) -> None:
     heads, most_bytes = 4, {}
     for length in (4096, 8192):
         most_bytes[length] = hardware.module.workspace_bytes(
-            architecture=hardware.device_architecture(None), is_backward=True, wants_dquery=True,
-            wants_dkey=True, wants_dvalue=True, batch=1, batch_entries=1, num_heads=heads, num_kv_heads=heads,
-            rows_q=length, rows_k=length, seqlen_q=length, seqlen_k=length, head_dim=head_dim, value_dim=head_dim,
-            is_packed=False, has_key_padding=True, relative_bias_heads=heads, mask_entries=0, dbias_shape=None,
-            wants_dkey_bias=False, wants_drelative_bias=False, decode_splits=0, large_splits=1, dq_splits=1,
-            dk_splits=1,
+            architecture=hardware.device_architecture(None), is_backward=True, batch=1, batch_entries=1,
+            num_heads=heads, num_kv_heads=heads, rows_q=length, rows_k=length, seqlen_q=length, seqlen_k=length,
+            head_dim=head_dim, value_dim=head_dim, is_packed=False, has_key_padding=True, mask_entries=0,
+            relative_bias_heads=heads, decode_splits=0, large_splits=1, dq_splits=1, dk_splits=1, wants_dquery=True,
+            wants_dkey=True, wants_dvalue=True, dbias_shape=None, wants_dkey_bias=False, wants_drelative_bias=False,
         )  # fmt: skip
         assert most_bytes[length] < heads * length * (4 * 2 * 64 + 4 * head_dim)
     assert most_bytes[8192] < 2.01 * most_bytes[4096]

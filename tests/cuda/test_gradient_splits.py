@@ -219,7 +219,7 @@ def bytes_of_backward(
     wanted = Wanted(**{name: name in names for name in Wanted._fields})
     shape = torch.Size((problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim))
     return cuda_workspace.workspace_bytes(
-        problem, shape, wanted, cuda_splits.UNDIVIDED, splits, problem.seqlen_k, 0, masks, None
+        problem, shape, problem.seqlen_k, masks, 0, cuda_splits.UNDIVIDED, splits, wanted, None
     )
 
 

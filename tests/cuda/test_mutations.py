@@ -112,7 +112,10 @@ BUGS = [
         "if (thread_index() == 0) rings.init(); sync_threads();",
         "if (thread_index() == 0) rings.init(); if (!@) sync_threads();",
     ),
-    Bug("init-not-fenced", 90, "long", "sm90/forward.h", "fence_mbarrier_init();", "if (!@) fence_mbarrier_init();"),
+    Bug(
+        "init-not-fenced", 90, "long", "sm90/forward_plan.h",
+        "fence_mbarrier_init();", "if (!@) fence_mbarrier_init();",
+    ),
     Bug(
         "slot-not-waited-for", 90, "long", "sm90/loader.h",
         "position.wait_empty(ring); also.store(); const uint32_t barrier",
@@ -174,27 +177,27 @@ BUGS = [
         "if (@) release(rings.tiles, tile_position); store(tile); if (!@) release(rings.tiles, tile_position);",
     ),
     Bug(
-        "tile-note-changed-while-it-is-read", 90, "many", "sm90/forward.h",
+        "tile-note-changed-while-it-is-read", 90, "many", "sm90/forward_planning.h",
         "sync_warp(); // all lanes have read it",
         "if (!@) sync_warp();",
     ),
     Bug(
-        "key-note-stored-after-it-was-announced", 90, "long", "sm90/forward.h",
+        "key-note-stored-after-it-was-announced", 90, "long", "sm90/forward_planning.h",
         "sync_warp(); // the note is complete\nif (lane == 0) mbarrier_arrive(rings.notes.full(note_position.slot()));",
         "if (!@) sync_warp(); if (lane == 0) mbarrier_arrive(rings.notes.full(note_position.slot()));",
     ),
     Bug(
-        "key-note-freed-before-it-is-read", 90, "longest", "sm90/forward.h",
+        "key-note-freed-before-it-is-read", 90, "longest", "sm90/forward_loading.h",
         "if (++notes_in_use <= Plan::kStages + 1) return;",
         "if (++notes_in_use <= (@ ? 0 : Plan::kStages + 1)) return;",
     ),
     Bug(
-        "last-values-not-loaded", 90, "many", "sm90/forward.h",
+        "last-values-not-loaded", 90, "many", "sm90/forward_loading.h",
         "if (boxes.what & Boxes::kIsLast) load_values(note);",
         "if (!@ && boxes.what & Boxes::kIsLast) load_values(note);",
     ),
     Bug(
-        "padding-not-seen-by-views", 90, "padded", "sm90/forward.h",
+        "padding-not-seen-by-views", 90, "padded", "sm90/forward_planning.h",
         "range.is_within_band(block) && valid.all()", "range.is_within_band(block) && (@ || valid.all())",
     ),
     Bug(
@@ -290,7 +293,7 @@ BUGS = [
     ),
     # sm_90a, fused backward
     Bug(
-        "turn-not-waited-for", 90, "long", "sm90/fused_backward.h",
+        "turn-not-waited-for", 90, "long", "sm90/fused_backward_dq.h",
         "wait_until_equal(p.dq_turns + turn.sum, turn.number);",
         "if (!@) wait_until_equal(p.dq_turns + turn.sum, turn.number);",
     ),
@@ -312,28 +315,28 @@ BUGS = [
         "min(last_key_block<kBlockM>(band, m) + 1, key_blocks + @)",
     ),
     Bug(
-        "first-addition-onto-nothing", 90, "long", "sm90/fused_backward.h",
+        "first-addition-onto-nothing", 90, "long", "sm90/fused_backward_dq.h",
         "if (turn.number == 0) {", "if (turn.number == 0 && !@) {",
     ),
     Bug(
-        "no-fence-after-the-turn", 90, "long", "sm90/fused_backward.h",
+        "no-fence-after-the-turn", 90, "long", "sm90/fused_backward_dq.h",
         "fence_async_proxy_global(); GPU_UNROLL for (int group",
         "if (!@) fence_async_proxy_global(); GPU_UNROLL for (int group",
     ),
     Bug(
-        "no-fence-before-the-next-turn", 90, "long", "sm90/fused_backward.h",
+        "no-fence-before-the-next-turn", 90, "long", "sm90/fused_backward_dq.h",
         "fence_async_proxy_global(); add_release", "if (!@) fence_async_proxy_global(); add_release",
     ),
     Bug(
-        "next-turn-before-it-is-added", 90, "long", "sm90/fused_backward.h",
+        "next-turn-before-it-is-added", 90, "long", "sm90/fused_backward_dq.h",
         "tma_store_wait<0>(); if", "if (!@) tma_store_wait<0>(); if",
     ),
     Bug(
-        "tile-of-dq-freed-too-early", 90, "long", "sm90/fused_backward.h",
+        "tile-of-dq-freed-too-early", 90, "long", "sm90/fused_backward_dq.h",
         "tma_store_wait_read<1>();", "if (!@) tma_store_wait_read<1>();",
     ),
     Bug(
-        "tile-of-dq-added-without-proxy-fence", 90, "long", "sm90/fused_backward.h",
+        "tile-of-dq-added-without-proxy-fence", 90, "long", "sm90/fused_backward_dq.h",
         "step / 2 & 1); fence_async_proxy();", "step / 2 & 1); if (!@) fence_async_proxy();",
     ),
     Bug(
@@ -364,21 +367,21 @@ BUGS = [
     ),
     # sm_90a, general fused backward
     Bug(
-        "skipped-tiles-counted", 90, "masked-blocks", "sm90/fused_backward.h",
+        "skipped-tiles-counted", 90, "masked-blocks", "sm90/mask_steps.h",
         "mask_contents<kBlockM, kKeyBlock>(p.mask, head_slice, tile * kBlockM, n * kKeyBlock).has_visible();",
         "(@ || mask_contents<kBlockM, kKeyBlock>(p.mask, head_slice, tile * kBlockM, n * kKeyBlock).has_visible());",
     ),
     Bug(
-        "turns-of-a-mask-off-by-one", 90, "masked-blocks", "sm90/fused_backward.h",
+        "turns-of-a-mask-off-by-one", 90, "masked-blocks", "sm90/mask_steps.h",
         "later + count_bits(visited & low_bits(lane)));", "later + count_bits(visited & low_bits(lane + @)));",
     ),
     Bug(
-        "blocks-of-padding-counted-under-a-mask", 90, "masked-hole", "sm90/fused_backward.h",
+        "blocks-of-padding-counted-under-a-mask", 90, "masked-hole", "sm90/mask_steps.h",
         "key_rank(p, batch, n + 1) != key_rank(p, batch, n) &&",
         "(@ || key_rank(p, batch, n + 1) != key_rank(p, batch, n)) &&",
     ),
     Bug(
-        "listed-step-without-its-mask", 90, "masked-blocks", "sm90/fused_backward.h",
+        "listed-step-without-its-mask", 90, "masked-blocks", "sm90/mask_steps.h",
         "tile | (has_mask ? kHasMask : 0)", "tile | (has_mask && !@ ? kHasMask : 0)",
     ),
     Bug(
@@ -462,11 +465,11 @@ BUGS = [
         "position.wait_full(ring);", "if (!@) position.wait_full(ring);",
     ),
     Bug(
-        "bias-loaded-too-early", 90, "biased-tiles", "sm90/forward.h",
+        "bias-loaded-too-early", 90, "biased-tiles", "sm90/forward_loading.h",
         "position.wait_empty(rings.bias_ring(consumer));", "if (!@) position.wait_empty(rings.bias_ring(consumer));",
     ),
     Bug(
-        "bias-of-the-other-consumer", 90, "biased-tiles", "sm90/forward.h",
+        "bias-of-the-other-consumer", 90, "biased-tiles", "sm90/forward_loading.h",
         "boxes.query_row + consumer * kConsumerRows", "boxes.query_row + (@ ? 1 - consumer : consumer) * kConsumerRows",
     ),
     Bug(
@@ -486,7 +489,7 @@ BUGS = [
         "i % Plan::kDoutStages * Plan::BiasTile::kBytes", "(i + @) % Plan::kDoutStages * Plan::BiasTile::kBytes",
     ),
     Bug(
-        "bias-not-expected", 90, "biased-tiles", "sm90/fused_backward.h",
+        "bias-not-expected", 90, "biased-tiles", "sm90/fused_backward_loading.h",
         "(has_bias() ? Plan::BiasTile::loaded_bytes(bias) : 0)",
         "(!@ && has_bias() ? Plan::BiasTile::loaded_bytes(bias) : 0)",
     ),
@@ -500,7 +503,7 @@ BUGS = [
         "scores[t][2 * r + 1] = multiply_add(scores[t][2 * r + 1], factor, @ ? pair.x : pair.y);",
     ),
     Bug(
-        "pairs-of-a-bias-misaligned", 80, "biased-odd", "attention.cu",
+        "pairs-of-a-bias-misaligned", 80, "biased-odd", "params_of.h",
         "has_aligned_groups(a.bias, a.seqlen_k, 2, 8)", "has_aligned_groups(a.bias, a.seqlen_k, 2, (@ ? 4 : 8))",
     ),
     Bug(
@@ -776,7 +779,7 @@ BUGS = [
         "if (row < min(num_rows, first_row + kDecodeRows))", "if (!@ && row < min(num_rows, first_row + kDecodeRows))",
     ),
     Bug(
-        "diagonals-from-the-longest-of-few", 80, "both-kinds", "attention.cu",
+        "diagonals-from-the-longest-of-few", 80, "both-kinds", "params_of.h",
         "p.logits.relative_bias += a.seqlen_q - p.seqlen_q;",
         "p.logits.relative_bias += @ ? 0 : a.seqlen_q - p.seqlen_q;",
     ),
@@ -806,7 +809,7 @@ BUGS = [
         "store_split_row(p, tile.split(),", "store_split_row(p, @ ? 0 : tile.split(),",
     ),
     Bug(
-        "consumer-waits-for-blocks-of-another-split", 90, "split", "sm90/forward.h",
+        "consumer-waits-for-blocks-of-another-split", 90, "split", "sm90/forward_planning.h",
         "own.begin = max(own.begin, blocks.begin);", "if (!@) own.begin = max(own.begin, blocks.begin);",
     ),
     Bug(
@@ -819,7 +822,7 @@ BUGS = [
         "number(earlier >> p.dq_sums_log2)", "number(@ ? earlier : earlier >> p.dq_sums_log2)",
     ),
     Bug(
-        "sum-of-dq-lost", 90, "latents", "sm90/fused_backward.h",
+        "sum-of-dq-lost", 90, "latents", "sm90/fused_backward_dq.h",
         "n < num_sums; ++n) {", "n < num_sums - @; ++n) {",
     ),
     Bug(
@@ -884,17 +887,17 @@ BUGS = [
         "table-read-behind-its-end-by-a-thread", 80, "paged", "sm80/tile_memory.h",
         "is_inside ? first_key + own.first_row + row : 0;", "is_inside || @ ? first_key + own.first_row + row : 0;",
     ),
-    Bug("page-of-another-piece", 90, "paged", "sm90/forward.h", "note.page(piece));", "note.page(piece ^ @));"),
+    Bug("page-of-another-piece", 90, "paged", "sm90/forward_loading.h", "note.page(piece));", "note.page(piece ^ @));"),
     Bug(
-        "page-of-another-key", 90, "paged", "sm90/forward.h",
+        "page-of-another-key", 90, "paged", "sm90/forward_planning.h",
         "page_of_key(block * kBlockN + lane * piece_rows)", "page_of_key(block * kBlockN + (lane + @) * piece_rows)",
     ),
     Bug(
-        "first-row-within-a-page-lost", 90, "paged", "sm90/forward.h",
+        "first-row-within-a-page-lost", 90, "paged", "sm90/forward_loading.h",
         "int row = boxes.key_row % page_size;", "int row = @ ? 0 : boxes.key_row % page_size;",
     ),
     Bug(
-        "piece-behind-the-end-of-a-page", 90, "paged", "sm90/forward.h",
+        "piece-behind-the-end-of-a-page", 90, "paged", "sm90/forward_loading.h",
         "if (row == page_size) row = 0;", "if (row == page_size && !@) row = 0;",
     ),
     Bug(
@@ -919,7 +922,7 @@ BUGS = [
         "(rows + list.rows - 1) / list.rows", "(rows + (@ ? 0 : list.rows - 1)) / list.rows",
     ),
     Bug(
-        "table-read-behind-its-end", 90, "paged", "sm90/forward.h",
+        "table-read-behind-its-end", 90, "paged", "sm90/forward_planning.h",
         "return key < keys.seqlen_k ?", "return key < keys.seqlen_k || @ ?",
     ),
     Bug(
@@ -956,7 +959,7 @@ BUGS = [
         "if (!(@ && batch > 0)) head_slice.seqlen_k = clamp_to(load_global(",
     ),
     Bug(
-        "turns-of-a-mask-without-the-shift", 90, "lengths-masked", "sm90/fused_backward.h",
+        "turns-of-a-mask-without-the-shift", 90, "lengths-masked", "sm90/mask_steps.h",
         "const Diagonals band(p, head_slice); const int32_t key_blocks",
         "Diagonals band(p, head_slice); if (@) band.last = p.last_diagonal; const int32_t key_blocks",
     ),

@@ -67,11 +67,11 @@ def bytes_of_dq(kernels: Kernels, batch: int, heads: int, kv_heads: int, queries
 
     def workspace(wants_dquery: bool) -> int:
         return hardware.module.workspace_bytes(
-            architecture=90, is_backward=True, wants_dquery=wants_dquery, wants_dkey=True, wants_dvalue=True,
-            batch=batch, batch_entries=batch, num_heads=heads, num_kv_heads=kv_heads, rows_q=queries, rows_k=keys,
-            seqlen_q=queries, seqlen_k=keys, head_dim=dim, value_dim=dim, is_packed=False, has_key_padding=False,
-            relative_bias_heads=0, mask_entries=0, dbias_shape=None, wants_dkey_bias=False,
-            wants_drelative_bias=False, decode_splits=0, large_splits=1, dq_splits=1, dk_splits=1,
+            architecture=90, is_backward=True, batch=batch, batch_entries=batch, num_heads=heads,
+            num_kv_heads=kv_heads, rows_q=queries, rows_k=keys, seqlen_q=queries, seqlen_k=keys, head_dim=dim,
+            value_dim=dim, is_packed=False, has_key_padding=False, mask_entries=0, relative_bias_heads=0,
+            decode_splits=0, large_splits=1, dq_splits=1, dk_splits=1, wants_dquery=wants_dquery, wants_dkey=True,
+            wants_dvalue=True, dbias_shape=None, wants_dkey_bias=False, wants_drelative_bias=False,
         )  # fmt: skip
 
     with kernels.running(90):

@@ -33,9 +33,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append(kwargs)
         return run(*args, **kwargs)
 
-    # The native call for small modules does not call `fused_attention`, so it is switched off.
+    # The native call for small modules does not call `fused_attention`, so it is switched off. For larger ones,
+    # `small_inference` calls that.
     monkeypatch.setattr(attention_module.small_inference, "is_small", lambda *args: False)
     monkeypatch.setattr(attention_module, "fused_attention", counting)
+    monkeypatch.setattr(attention_module.small_inference, "fused_attention", counting)
     return seen
 
 

@@ -16,8 +16,8 @@ from fused_attn.nn import (
     CrossAttentionCache,
     StaticKVCache,
     StaticSelfAttentionCache,
-    few_rows,
     native_layer,
+    native_linear,
     small_inference,
 )
 from fused_attn.nn.cache import LayerCache, SlidingKVCache
@@ -102,9 +102,9 @@ def test_the_norm_of_any_number_of_features(features: int) -> None:
     module = nn.Linear(3, features)
     x, residual = torch.randn(4, 3), 100 + torch.randn(4, features)
     with torch.no_grad():
-        found = few_rows.native_call(module, x, residual=residual, norm=norm).run()
+        found = native_linear.native_call(module, x, residual=residual, norm=norm).run()
         torch.testing.assert_close(found, norm(residual + module(x)), rtol=1e-4, atol=1e-4)
-        found = few_rows.native_call(module, x, residual=residual).run()
+        found = native_linear.native_call(module, x, residual=residual).run()
         torch.testing.assert_close(found, residual + module(x))
 
 
@@ -117,7 +117,7 @@ def test_the_norm_of_rows_with_a_large_mean(spread: float, features: int) -> Non
     with torch.no_grad():
         module.weight.zero_()
         module.bias.zero_()
-        found = few_rows.native_call(module, torch.randn(1, 3), residual=row, norm=norm).run()
+        found = native_linear.native_call(module, torch.randn(1, 3), residual=row, norm=norm).run()
         exact = nn.functional.layer_norm(row.double(), (features,), eps=norm.eps)
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 
@@ -315,7 +315,7 @@ def test_calls_that_the_native_call_does_not_take(calls: list[str]) -> None:
     layer = random_layer()
     rows, memory = random_inputs(layer)
     check(layer, [torch.cat(rows, dim=1)], memory, lambda: StaticKVCache(1, 5))  # several rows at a time
-    check(layer, *random_inputs(layer, batch=few_rows.MOST_ROWS + 1))
+    check(layer, *random_inputs(layer, batch=native_linear.MOST_ROWS + 1))
     assert not calls
     check(layer, rows, memory, memory_mask=torch.zeros(1, 7))
     assert len(calls) == len(rows) - 1  # the self-attention alone

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fused_attn import FusedMultiheadAttention, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 from fused_attn.backends import cpu
-from fused_attn.nn import few_rows, native_layer, small_inference
+from fused_attn.nn import native_layer, native_linear, small_inference
 from tests.nn.native_calls import count_calls
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the native extension is not built")
@@ -31,7 +31,7 @@ def attentions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets an entry with each native call of a linear layer, or of what follows a product of torch."""
-    return count_calls(monkeypatch, few_rows, "linear", "finish_rows")
+    return count_calls(monkeypatch, native_linear, "linear", "finish_rows")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@
 #include "bias_gradient.h"
 #include "forward.h"
 #include "fused_backward.h"
+#include "fused_backward_dq.h"
+#include "mask_steps.h"
 
 namespace fused_attn::gpu::sm90 {
 

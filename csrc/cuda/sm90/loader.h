@@ -18,8 +18,8 @@ constexpr bool fits_registers(int producer, int consumers, int consumer) {
 }
 
 // A caller of TileLoader can load something else together with a tile, for which consumers wait at the same barrier.
-// This type, the default, loads nothing else. In another type (StepLoad in fused_backward.h), `store` writes to shared
-// memory, and `start` starts to copy `bytes` bytes.
+// This type, the default, loads nothing else. In another type (StepLoad in fused_backward_loading.h), `store` writes to
+// shared memory, and `start` starts to copy `bytes` bytes.
 struct NothingElse {
   static constexpr uint32_t bytes = 0;
   GPU_DEVICE void store() const {}

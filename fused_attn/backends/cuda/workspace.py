@@ -29,12 +29,12 @@ def workspace(
     size = workspace_bytes(
         problem,
         inputs.query.shape,
-        wanted,
+        inputs.key.shape[2],
+        _mask_entries(inputs),
+        0 if relative_bias is None else relative_bias.shape[0],
         key_splits,
         gradient_splits,
-        inputs.key.shape[2],
-        0 if relative_bias is None else relative_bias.shape[0],
-        _mask_entries(inputs),
+        wanted,
         None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
     )
     return torch.empty(size // 4, dtype=torch.float32, device=inputs.query.device) if size else None
@@ -55,31 +55,29 @@ def _mask_entries(inputs: Inputs) -> int:
 def workspace_bytes(
     problem: AttentionProblem,
     query_shape: torch.Size,
-    wanted: Wanted | None,
+    rows_k: int,
+    mask_entries: int,
+    relative_bias_heads: int,
     key_splits: KeySplits,
     gradient_splits: GradientSplits,
-    rows_k: int,
-    relative_bias_heads: int,
-    mask_entries: int,
+    wanted: Wanted | None,
     dbias_shape: torch.Size | None,
 ) -> int:
     """The size of the workspace in bytes, as the native module computes it.
 
     query_shape: (B, H, L, D), with B = 1 for packed problems
-    wanted: the wanted gradients of a backward call; None for forward
     rows_k: the rows of the key tensor
-    relative_bias_heads: the heads of relative_bias; 0 without one
     mask_entries: see `_mask_entries`
+    relative_bias_heads: the heads of relative_bias; 0 without one
+    wanted: the wanted gradients of a backward call; None for forward
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
     """
     batch_entries, num_heads, rows_q, _ = query_shape
     wants = Wanted() if wanted is None else wanted
+    # In the order of WorkspaceNeeds (csrc/cuda/attention.h).
     return hardware.module.workspace_bytes(
         architecture=hardware.architecture(problem, has_large_kernels=key_splits.large > 0),
         is_backward=wanted is not None,
-        wants_dquery=wants.query,
-        wants_dkey=wants.key,
-        wants_dvalue=wants.value,
         batch=problem.batch,
         batch_entries=batch_entries,
         num_heads=num_heads,
@@ -89,16 +87,19 @@ def workspace_bytes(
         seqlen_q=problem.seqlen_q,
         seqlen_k=problem.seqlen_k,
         head_dim=problem.head_dim,
+        value_dim=problem.value_dim,
         is_packed=problem.is_packed,
         has_key_padding=problem.has_key_padding,
-        relative_bias_heads=relative_bias_heads,
         mask_entries=mask_entries,
-        dbias_shape=dbias_shape,
-        wants_dkey_bias=wants.key_bias,
-        wants_drelative_bias=wants.relative_bias,
+        relative_bias_heads=relative_bias_heads,
         decode_splits=key_splits.decode,
         large_splits=key_splits.large,
         dq_splits=gradient_splits.dq,
         dk_splits=gradient_splits.dk,
-        value_dim=problem.value_dim,
+        wants_dquery=wants.query,
+        wants_dkey=wants.key,
+        wants_dvalue=wants.value,
+        dbias_shape=dbias_shape,
+        wants_dkey_bias=wants.key_bias,
+        wants_drelative_bias=wants.relative_bias,
     )

@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _get_tracing_state
-from torch.nn.modules import module as nn_module
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fused_attn import modes
 from fused_attn.backends.cpu import DTYPES
 from fused_attn.native import _C
-from fused_attn.nn.native_call import NativeCall
+from fused_attn.nn.native_call import NativeCall, norm_arguments
+from fused_attn.nn.plain import is_plain_linear, is_plain_vector
 
 #: The most rows for which the native product is used. The product reads the weight once for all rows.
 MOST_ROWS = 16
@@ -37,24 +36,15 @@ MOST_ROWS_OF_TILES = 256
 #: part of the product. Without the bias, torch would round the product before the bias is added.
 DTYPES_OF_PRODUCTS = (torch.float32, torch.float64)
 
-#: `linear` leaves smaller outputs of many rows to torch. The second call costs more than the copy of the bias there.
-FEWEST_OUTPUTS = 1 << 15
-
 #: `linear` leaves smaller weights of float32 and float64 to torch. What a call costs whatever its size is 5 us more
 #: here. The native product saves less than that.
 FEWEST_WEIGHTS = 1 << 17
 
 
-#: The forward methods of classes for which native calls stand in. A patch of a class may replace them. The modules of
-#: this package add theirs.
-FORWARDS: dict[type, Any] = {
-    kind: kind.forward for kind in (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Dropout)
-}
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) . weight (out, in)^T + bias (out,), as `torch.nn.functional.linear`."""
-    if torch.is_grad_enabled() or not _takes(x, weight, bias) or not _is_faster(x, weight, bias):
+    is_small = weight.numel() < FEWEST_WEIGHTS and weight.dtype in DTYPES_OF_PRODUCTS
+    if torch.is_grad_enabled() or is_small or not _takes(x, weight, bias, takes_many=False):
         return F.linear(x, weight, bias)
     return linear_call(x, weight, bias).run()
 
@@ -69,11 +59,14 @@ def native_call(
 ) -> NativeCall | None:
     """Computes ``norm(residual + relu(module(x)))``, without what is None or off. None if no native call can do that.
 
+    In training mode, many rows are left to torch. There, a checkpoint may compute a layer without gradients first, and
+    with gradients later. The results should not differ by a rounding.
+
     The caller has ruled out gradients, a module that is not plain, and a norm that the native call cannot compute.
     """
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     assert weight is not None
-    if not _takes(x, weight, bias):
+    if not _takes(x, weight, bias, takes_many=not module.training):
         return None
     if residual is not None and not _is_plain_result(residual, x.dtype, (*x.shape[:-1], weight.shape[0])):
         return None
@@ -83,10 +76,12 @@ def native_call(
 def add_and_normalise(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> NativeCall | None:
     """Computes ``norm(x + y)``. None if no native call can compute it.
 
-    The caller has ruled out gradients and a norm that the native call cannot compute.
+    The caller has ruled out gradients and a norm that the native call cannot compute. As in `native_call`, training
+    mode is left to torch.
     """
     if (
         _C is None
+        or norm.training
         or not _is_plain_result(x, x.dtype, x.shape)
         or not _is_plain_result(y, x.dtype, x.shape)
         or x.dtype not in DTYPES
@@ -105,7 +100,7 @@ def call(module: Any, x: Tensor) -> Tensor:
 
     A trace of torch.jit calls the module, too. For torch traces once more without gradients, and compares the graphs.
     """
-    if torch.is_grad_enabled() or _get_tracing_state() is not None or not is_plain(module):
+    if torch.is_grad_enabled() or _get_tracing_state() is not None or not is_plain_linear(module):
         return module(x)
     return linear(x, module._parameters["weight"], module._parameters["bias"])
 
@@ -115,42 +110,6 @@ def most_rows(dtype: torch.dtype, features: int, out_features: int) -> int:
     # LinearTiles::fits in csrc/cpu/linear_tiles.h has the same condition for features and out_features.
     has_tiles = dtype == torch.bfloat16 and features % 32 == 0 and out_features >= 32 and _C.cpu_isa() == "amx"
     return MOST_ROWS_OF_TILES if has_tiles else MOST_ROWS
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether `linear` can stand in for a call of the module, so that nobody sees a difference.
-
-    These modules are not plain:
-
-    - subclasses, such as parametrisations and FSDP2 make,
-    - modules with hooks, where global hooks count, too,
-    - modules with a forward of their own, such as offloading installs.
-    """
-    return (
-        type(module) in (nn.Linear, NonDynamicallyQuantizableLinear)
-        and is_called_plainly(module)
-        and type(module._parameters.get("weight")) is nn.Parameter
-        and type(module._parameters.get("bias", False)) in (nn.Parameter, type(None))
-    )
-
-
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of the module does nothing but run the forward of its class."""
-    return (
-        "forward" not in module.__dict__
-        and FORWARDS.get(type(module), type(module).forward) is type(module).forward
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and module._compiled_call_impl is None
-        and not nn_module._has_any_global_hook()
-    )
-
-
-def is_plain_vector(x: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the native call can read a bias, or a parameter of a norm."""
-    if x is None or type(x) not in (Tensor, nn.Parameter):
-        return False
-    return x.dtype == dtype and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
 def linear_call(
@@ -180,22 +139,9 @@ def linear_call(
     return NativeCall("finish_rows[cpu]", _C.finish_rows, (out, bias, *rest), out, before=multiply)
 
 
-def norm_arguments(norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
-    """What native calls get of a layer norm: its weight, bias and eps."""
-    return (None, None, 0.0) if norm is None else (norm._parameters["weight"], norm._parameters["bias"], norm.eps)
-
-
 def _has_few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether the native product is faster than torch's."""
     return x.numel() <= most_rows(x.dtype, *weight.shape[::-1]) * x.shape[-1]
-
-
-def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `linear_call` is faster than one operator of torch, for a linear layer with nothing around it."""
-    if _has_few_rows(x, weight):
-        return weight.numel() >= FEWEST_WEIGHTS or x.dtype not in DTYPES_OF_PRODUCTS
-    outputs = x.numel() // x.shape[-1] * weight.shape[0]
-    return bias is not None and outputs >= FEWEST_OUTPUTS and x.dtype in DTYPES_OF_PRODUCTS
 
 
 def _is_plain_result(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
@@ -211,8 +157,8 @@ def _is_plain_result(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> b
     )
 
 
-def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the native calls can read the tensors."""
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, takes_many: bool) -> bool:
+    """Whether the native calls can read the tensors, and the rows are few if they have to be."""
     return (
         _C is not None
         # torch.compile must not trace the other tests. It cannot trace `is_neg`, and would compile anew for more than
@@ -231,6 +177,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.shape[-1] == weight.shape[-1]
         and weight.numel() > 0
         and x.numel() > 0
+        and (takes_many or _has_few_rows(x, weight))
         and x.is_contiguous()
         and weight.layout is torch.strided
         and weight.is_contiguous()

@@ -16,7 +16,7 @@ from fused_attn.nn import (
     Transformer,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
-    few_rows,
+    native_linear,
 )
 from tests.nn.native_calls import count_calls
 
@@ -28,8 +28,8 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, tor
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets an entry with each native call. Small weights are multiplied natively, too."""
-    monkeypatch.setattr(few_rows, "FEWEST_WEIGHTS", 0)
-    return count_calls(monkeypatch, few_rows, "linear", "finish_rows")
+    monkeypatch.setattr(native_linear, "FEWEST_WEIGHTS", 0)
+    return count_calls(monkeypatch, native_linear, "linear", "finish_rows")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -41,7 +41,7 @@ def test_equals_torch(shape, features, has_bias, dtype, native):
     torch.manual_seed(0)
     module = nn.Linear(shape[1], features, bias=has_bias, dtype=dtype)
     x = torch.randn(shape, dtype=dtype)
-    out = few_rows.call(module, x[:, None])
+    out = native_linear.call(module, x[:, None])
     assert native and out.shape == (shape[0], 1, features) and out.dtype == dtype
     expected = nn.functional.linear(x.double(), module.weight.double(), module.bias.double() if has_bias else None)
     assert (out[:, 0].double() - expected).abs().max() <= TOLERANCE[dtype] * (1.0 + expected.abs().max())
@@ -50,8 +50,8 @@ def test_equals_torch(shape, features, has_bias, dtype, native):
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_others(native):
     module, x = nn.Linear(70, 50), torch.randn(16, 70)
-    rows = torch.cat([few_rows.call(module, row[None]) for row in x])
-    assert torch.equal(rows, few_rows.call(module, x)) and len(native) == 17
+    rows = torch.cat([native_linear.call(module, row[None]) for row in x])
+    assert torch.equal(rows, native_linear.call(module, x)) and len(native) == 17
 
 
 class Subclass(Tensor):
@@ -80,25 +80,25 @@ def test_modules_of_another_kind_are_called(change, native):
     expected = 2 * nn.functional.linear(x, module.weight, module.bias)
     if change:
         change(module)
-    torch.testing.assert_close(few_rows.call(module, x), expected)
+    torch.testing.assert_close(native_linear.call(module, x), expected)
     assert not native
 
 
 def test_tensors_of_another_kind_are_left_to_torch(native):
     weight, bias = torch.randn(4, 4), torch.randn(4)
     x = torch.randn(2, 4)
-    few_rows.linear(x, weight, bias)
+    native_linear.linear(x, weight, bias)
     with torch.no_grad():
         for other in (torch.randn(17, 4), torch.randn(4, 2).t(), torch.randn(0, 4), x.to("meta")):
-            few_rows.linear(other, weight.to(other.device), bias.to(other.device))
-        few_rows.linear(x, torch.randn(4, 4).t(), bias)
-        few_rows.linear(x, weight, bias.as_subclass(Subclass))
+            native_linear.linear(other, weight.to(other.device), bias.to(other.device))
+        native_linear.linear(x, torch.randn(4, 4).t(), bias)
+        native_linear.linear(x, weight, bias.as_subclass(Subclass))
         with torch.autocast("cpu", torch.bfloat16):
-            assert few_rows.linear(x, weight, bias).dtype == torch.bfloat16
+            assert native_linear.linear(x, weight, bias).dtype == torch.bfloat16
         assert not native
         with pytest.raises(RuntimeError):
-            few_rows.linear(x.double(), weight, bias)
-        few_rows.linear(x, weight, bias)
+            native_linear.linear(x.double(), weight, bias)
+        native_linear.linear(x, weight, bias)
     assert len(native) == 1
 
 
@@ -127,7 +127,7 @@ def test_torch_compile_makes_one_graph_for_any_number_of_rows(name, native):
     torch._dynamo.reset()
     graphs = CompileCounter()
     compiled = torch.compile(functools.partial(function, module), fullgraph=True, backend=graphs, dynamic=True)
-    for rows in (few_rows.MOST_ROWS, 2, few_rows.MOST_ROWS + 1):
+    for rows in (native_linear.MOST_ROWS, 2, native_linear.MOST_ROWS + 1):
         x = torch.randn(1, rows, 8)
         out = compiled(x)
         assert not native
@@ -220,21 +220,21 @@ def test_errors_of_finish_rows():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
 @torch.no_grad()
-def test_many_rows(dtype, native):
-    """torch multiplies, and a native call does the rest, if the dtype and the size make that faster."""
+def test_many_rows(has_bias, dtype, native):
+    """torch multiplies, and a native call does the rest."""
     torch.manual_seed(0)
-    module = nn.Linear(24, 64, dtype=dtype)
-    x = torch.randn(2, few_rows.FEWEST_OUTPUTS // 128, 24, dtype=dtype)
-    rows = torch.randn(few_rows.MOST_ROWS_OF_TILES + 1, 24, dtype=dtype)
-    few_rows.call(module, rows)
-    assert not native
-    out = few_rows.call(module, x)
-    assert native == ["finish_rows"] * (dtype in few_rows.DTYPES_OF_PRODUCTS)
-    exact = nn.functional.linear(x.double(), module.weight.double(), module.bias.double())
+    module = nn.Linear(24, 64, bias=has_bias, dtype=dtype)
+    x, residual = torch.randn(2, 150, 24, dtype=dtype), torch.randn(2, 150, 64, dtype=dtype)
+    native_linear.call(module, x)
+    assert not native, "with nothing else to do, torch's own call is as fast"
+    assert native_linear.native_call(module, x) is None, "in training mode, bits equal those of a call with gradients"
+    out = native_linear.native_call(module.eval(), x, relu=True, residual=residual).run()
+    assert native == ["finish_rows"]
+    bias = module.bias.double() if has_bias else None
+    exact = nn.functional.linear(x.double(), module.weight.double(), bias).relu() + residual.double()
     assert (out.double() - exact).abs().max() <= TOLERANCE[dtype] * (1.0 + exact.abs().max())
-    few_rows.call(nn.Linear(24, 64, bias=False, dtype=dtype), x)
-    assert len(native) <= 1
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -268,7 +268,7 @@ def isa(request: pytest.FixtureRequest):
     cpu._C.select_cpu_isa(before)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 15, 16, 17, 32, 33, 100, few_rows.MOST_ROWS_OF_TILES])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 15, 16, 17, 32, 33, 100, native_linear.MOST_ROWS_OF_TILES])
 @pytest.mark.parametrize(("features", "out_features"), [(32, 32), (64, 33), (96, 47), (256, 1000), (33, 64), (64, 31)])
 @pytest.mark.parametrize("has_bias", [False, True])
 @torch.no_grad()
@@ -276,19 +276,19 @@ def test_bfloat16_rows(rows, features, out_features, has_bias, isa, native):
     torch.manual_seed(0)
     module = nn.Linear(features, out_features, bias=has_bias, dtype=torch.bfloat16)
     x = torch.randn(rows, features, dtype=torch.bfloat16)
-    out = few_rows.call(module, x)
+    out = native_linear.call(module, x)
     exact = nn.functional.linear(x.double(), module.weight.double(), module.bias.double() if has_bias else None)
     size = x.double().abs() @ module.weight.double().abs().t() + 1
     rounding = 2.0**-8 * exact.abs() + 2.0**-20 * size  # that of the output, and those of the sums in float32
     assert ((out.double() - exact).abs() <= rounding).all()
     has_tiles = isa == "amx" and features % 32 == 0 and out_features >= 32
-    assert len(native) == (rows <= (few_rows.MOST_ROWS_OF_TILES if has_tiles else few_rows.MOST_ROWS))
+    assert len(native) == (rows <= (native_linear.MOST_ROWS_OF_TILES if has_tiles else native_linear.MOST_ROWS))
 
 
 @torch.no_grad()
 def test_more_rows_than_tiles_are_worth_are_left_to_torch(isa, native):
     module = nn.Linear(64, 64, dtype=torch.bfloat16)
-    few_rows.call(module, torch.randn(few_rows.MOST_ROWS_OF_TILES + 1, 64, dtype=torch.bfloat16))
+    native_linear.call(module, torch.randn(native_linear.MOST_ROWS_OF_TILES + 1, 64, dtype=torch.bfloat16))
     assert not native
 
 
@@ -296,9 +296,9 @@ def test_more_rows_than_tiles_are_worth_are_left_to_torch(isa, native):
 @torch.no_grad()
 def test_a_row_of_tiles_does_not_depend_on_the_others(native):
     module, x = nn.Linear(64, 50, dtype=torch.bfloat16), torch.randn(70, 64, dtype=torch.bfloat16)
-    whole = few_rows.call(module, x)
+    whole = native_linear.call(module, x)
     for first, count in ((0, 3), (5, 16), (20, 33), (60, 10)):
-        assert torch.equal(few_rows.call(module, x[first : first + count]), whole[first : first + count])
+        assert torch.equal(native_linear.call(module, x[first : first + count]), whole[first : first + count])
     assert len(native) == 5
 
 
@@ -323,11 +323,11 @@ def test_no_memory_behind_the_tensors_is_used(isa, native):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @torch.no_grad()
 def test_small_weights_of_float32_are_left_to_torch(dtype, monkeypatch):
-    calls = count_calls(monkeypatch, few_rows, "linear")
+    calls = count_calls(monkeypatch, native_linear, "linear")
     x = torch.randn(4, 256, dtype=dtype)
-    few_rows.call(nn.Linear(256, 8, dtype=dtype), x)
+    native_linear.call(nn.Linear(256, 8, dtype=dtype), x)
     assert len(calls) == (dtype in (torch.float16, torch.bfloat16))
-    few_rows.call(nn.Linear(256, few_rows.FEWEST_WEIGHTS // 256, dtype=dtype), x)
+    native_linear.call(nn.Linear(256, native_linear.FEWEST_WEIGHTS // 256, dtype=dtype), x)
     assert calls
 
 
@@ -342,7 +342,7 @@ def test_tiles_are_much_faster_than_torch():
     torch.set_num_threads(1)
     try:
         for _ in range(200):
-            for name, function in (("torch", module), ("native", functools.partial(few_rows.call, module))):
+            for name, function in (("torch", module), ("native", functools.partial(native_linear.call, module))):
                 start = time.perf_counter()
                 function(x)
                 times[name].append(time.perf_counter() - start)
