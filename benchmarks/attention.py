@@ -170,16 +170,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refuse", nargs="+", choices=rivals.OUR_BACKENDS.values(), default=[], metavar="BACKEND",
                         help="backends of ours that are not run, because their tests have failed")  # fmt: skip
     group = parser.add_argument_group(f"table {LENGTH}")
-    group.add_argument("--head-dim", nargs="+", type=int)
-    group.add_argument("--lengths", nargs="+", type=int)
-    group.add_argument("--tokens", type=int, help="batch size times length (16384 on a GPU)")
+    group.add_argument("--head-dim", nargs="+", type=session.whole)
+    group.add_argument("--lengths", nargs="+", type=session.whole)
+    group.add_argument("--tokens", type=session.whole, help="batch size times length (16384 on a GPU)")
     group.add_argument("--no-compile", action="store_true", help="leave out rivals that compile for every shape")
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(map(int, text.split(",")))
+    sizes = tuple(map(session.whole, text.split(",")))
     if len(sizes) != 4:
-        raise argparse.ArgumentTypeError(f"expected B,H,L,D, got {text}")
+        raise argparse.ArgumentTypeError(f"expected B,H,L,D, got {text!r}")
     return sizes
 
 

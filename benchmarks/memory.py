@@ -118,7 +118,7 @@ def _results_of(inputs: Inputs) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser, quick="short sequences, two masks", is_timed=False)
     parser.add_argument("--only", nargs="+", choices=MASKS, metavar="MASK", help=f"some of {', '.join(MASKS)} (all)")
-    parser.add_argument("--lengths", nargs="+", type=int)
+    parser.add_argument("--lengths", nargs="+", type=session.whole)
     parser.add_argument("--directions", nargs="+", choices=cases.DIRECTIONS, default=["forward", "forward+backward"])
     parser.add_argument("--rivals", nargs="+", choices=RIVALS,
                         help=f"implementations ({', '.join(ON_CPU)}; on a GPU all)")  # fmt: skip

@@ -30,13 +30,33 @@ def add_arguments(parser: argparse.ArgumentParser, quick: str, is_timed: bool = 
     parser.add_argument("--quick", action="store_true", help=f"{quick}; takes less than a minute")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes (float32 on a CPU, bfloat16 on a GPU)")
     if is_timed:
-        parser.add_argument("--rounds", type=int, help="rounds for each case, at most")
+        parser.add_argument("--rounds", type=whole, help="rounds for each case, at most")
         parser.add_argument("--seconds", type=float, help="time for each case, roughly")
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    parser.add_argument("--threads", type=whole, help="CPU threads (torch's choice)")
     parser.add_argument("--minutes", type=float, help="time after which no other case is begun (no limit)")
     parser.add_argument("--resume", action="store_true", help="leave out the cases that --out has rows of")
     parser.add_argument("--commit", help="the commit that rows name, where the source tree has no git history")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one row per case and implementation")
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 1, for the argument ``type`` of argparse."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return number
+
+
+def _device(name: str) -> torch.device:
+    """The device of this name. Ends the command if this machine cannot measure it."""
+    gpus = torch.cuda.device_count()
+    try:
+        found: torch.device | None = torch.device(name)
+    except RuntimeError:  # no name of a device
+        found = None
+    if found is None or not (found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < gpus)):
+        raise SystemExit(f"--device: expected cpu or one of the {gpus} GPUs of this machine, got {name!r}")
+    return found
 
 
 class Session:
@@ -47,7 +67,7 @@ class Session:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device, self.is_quick, self._out = torch.device(arguments.device), arguments.quick, arguments.out
+        self.device, self.is_quick, self._out = _device(arguments.device), arguments.quick, arguments.out
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         self.dtypes = arguments.dtype or (["bfloat16"] if self.device.type == "cuda" else ["float32"])

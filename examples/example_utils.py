@@ -44,7 +44,7 @@ def argument_parser(description: str, minutes: float, quick: dict[str, float], o
         "--device": {"default": device, "help": "cpu, cuda, cuda:1, ... (%(default)s)"},
         # A thread that waits for another one keeps its core busy. Two threads were slower than one where other programs
         # used the cores.
-        "--threads": {"type": int, "help": "CPU threads (torch's choice); 1 is best on a busy machine"},
+        "--threads": {"type": positive_int, "help": "CPU threads (torch's choice); 1 is best on a busy machine"},
         "--seed": {"type": int, "default": 0, "help": "seed of weights, batches and dropout (%(default)s)"},
         "--output": {"type": Path, "default": Path(output), "help": "folder for the results (%(default)s)"},
     }.items():
@@ -70,6 +70,13 @@ def positive_float(text: str) -> float:
     if not value > 0.0:
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
     return value
+
+
+def positive_int(text: str) -> int:
+    """The type of options that count something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text}")
+    return int(text)
 
 
 def set_up(args: argparse.Namespace) -> None:

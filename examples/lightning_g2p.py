@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import train_g2p
-from example_utils import packages_of, quick_option
+from example_utils import packages_of, positive_int, quick_option
 from torch import Tensor
 from torch.utils.data import DataLoader
 from train_g2p import Examples
@@ -109,9 +109,9 @@ class Pronouncer(lightning.LightningModule):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs the script, and returns the metrics of the best checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training words, at most (%(default)s)")
-    parser.add_argument("--words", type=int, default=10000, help="training words (%(default)s)")
-    parser.add_argument("--test-words", type=int, default=1000, help="held-out words for the result (%(default)s)")
+    parser.add_argument("--epochs", type=positive_int, default=8, help="passes over the words, at most (%(default)s)")
+    parser.add_argument("--words", type=positive_int, default=10000, help="training words (%(default)s)")
+    parser.add_argument("--test-words", type=positive_int, default=1000, help="held-out words (%(default)s)")
     parser.add_argument("--backend", choices=BACKEND_NAMES, help="attention backend (the fastest that can run)")
     parser.add_argument("--accelerator", default="auto", help="cpu, gpu, ... (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (%(default)s)")

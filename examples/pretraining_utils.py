@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pydoc_data.topics import topics
 
 import torch
-from example_utils import packages_of, quick_option
+from example_utils import packages_of, positive_int, quick_option
 from torch import Tensor, nn
 
 from fused_attn.backends.dispatch import BACKEND_NAMES
@@ -43,13 +43,13 @@ Batch = dict[str, Tensor]
 def argument_parser(description: str, steps: int, quick: int) -> argparse.ArgumentParser:
     """A parser with the arguments that both scripts have. quick: what --quick sets --steps to."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--steps", type=int, default=steps, help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=steps, help="training steps (%(default)s)")
     parser.add_argument("--quick", **quick_option(steps=quick))
     parser.add_argument("--backend", choices=BACKEND_NAMES, help="attention backend (the fastest that can run)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ... (%(default)s)")
     # In models as small as these, a second thread costs more time than it saves.
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and dropout (%(default)s)")
     return parser
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from example_utils import Stopwatch, argument_parser, learning_rate, packages_of, progress_bar, set_up
+from example_utils import Stopwatch, argument_parser, learning_rate, packages_of, positive_int, progress_bar, set_up
 from torch import Tensor, nn
 
 from fused_attn.nn.seq2seq import Seq2SeqTransformer
@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> Score | None:
         "--resume", action="store_true", help="go on from the checkpoint; --minutes includes the time that it took"
     )
     parser.add_argument("--say", nargs="+", metavar="WORD", help="pronounce words with the trained model, and stop")
-    parser.add_argument("--test-words", type=int, default=4000, help="held-out words for the result (%(default)s)")
+    parser.add_argument("--test-words", type=positive_int, default=4000, help="held-out words (%(default)s)")
     args = parser.parse_args(argv)
     set_up(args)
     args.checkpoint = args.checkpoint or args.output / "g2p.pt"

@@ -21,7 +21,7 @@ from pydoc_data.topics import topics
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from example_utils import progress_bar, quick_option
+from example_utils import positive_int, progress_bar, quick_option
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -131,10 +131,10 @@ def train(args: argparse.Namespace) -> list[float]:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=8192, help="bytes of a sequence (%(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="steps of the whole training (%(default)s)")
+    parser.add_argument("--length", type=positive_int, default=8192, help="bytes of a sequence (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=200, help="steps of the whole training (%(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (%(default)s)")
-    parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (%(default)s)")
+    parser.add_argument("--save-every", type=positive_int, default=10, help="steps between checkpoints (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--quick", **quick_option(length=1024, steps=10))
     parser.add_argument(
@@ -145,6 +145,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> list[float]:
     args = arguments(argv)
+    if args.resume and not (args.output / "long.pt").exists():
+        raise SystemExit(f"--resume: {args.output / 'long.pt'} does not exist; train first, without --resume")
     args.output.mkdir(parents=True, exist_ok=True)
     is_alone = "RANK" not in os.environ  # started without torchrun
     if is_alone:

@@ -115,7 +115,7 @@ def fused_attention(
     can_be_direct = modes.is_direct()
     is_compiling = not can_be_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
-        query, key, value = _autocast(query, key, value)
+        query, key, value = modes.autocast(query, key, value)
     call = plan = None
     if can_be_direct:
         call = signature.read(
@@ -225,7 +225,7 @@ def fused_attention_varlen(
     can_be_direct = modes.is_direct()
     is_compiling = not can_be_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
-        query, key, value = _autocast(query, key, value)
+        query, key, value = modes.autocast(query, key, value)
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, relative_bias, sinks)
     max_seqlens = (max_seqlen_q, max_seqlen_k)
     options = (dropout_p, is_causal, scale, enable_gqa, window_size, softcap, diagonal_alignment)
@@ -322,7 +322,7 @@ def fused_attention_paged(
     can_be_direct = modes.is_direct()
     is_compiling = not can_be_direct and torch.compiler.is_compiling()
     if is_compiling or modes.is_any_autocast_enabled():
-        query, key_pages, value_pages = _autocast(query, key_pages, value_pages)
+        query, key_pages, value_pages = modes.autocast(query, key_pages, value_pages)
     tensors = (query, key_pages, value_pages, block_table, key_lengths, sinks, key_padding_mask, cu_seqlens_q)
     options = (0.0, is_causal, scale, True, window_size, softcap, checks.LOWER_RIGHT, num_splits)
     call = signature.read(*tensors, max_seqlen_q, *options, backend, return_lse) if can_be_direct else None
@@ -452,7 +452,7 @@ def explain(
     checks.check_flags(return_lse=given["return_lse"], return_max=given["return_max"])
     if given["dropout_seed"] is not None:
         checks.check_dropout_seed(given["dropout_seed"])
-    query, key, value = _autocast(*call.args[:3])
+    query, key, value = modes.autocast(*call.args[:3])
     others = tuple(given[name] for name in planning.Arguments._fields[3:])
     options = tuple(given[name] for name in planning.Options._fields)
     # With is_compiling=True, `plan` chooses no backend. So there is no error if the named backend cannot run.
@@ -483,16 +483,3 @@ def _seed(problem: AttentionProblem, dropout_seed: int | Tensor | None) -> Tenso
         return dropout.draw_seed(problem.device) if problem.dropout_p else None
     checks.check_dropout_seed(dropout_seed)
     return dropout.seed_tensor(dropout_seed, problem.device) if problem.dropout_p else None
-
-
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Casts the inputs as autocast casts those of SDPA: all floating-point tensors except float64 get its dtype."""
-    if not isinstance(query, Tensor) or not modes.is_autocast_enabled(query.device):
-        return query, key, value
-    dtype = torch.get_autocast_dtype(query.device.type)
-    return _to_autocast(query, dtype), _to_autocast(key, dtype), _to_autocast(value, dtype)
-
-
-def _to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the dtype of autocast, if x is a floating-point tensor other than float64."""
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x

@@ -21,6 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 __all__ = [
+    "autocast",
     "can_read",
     "in_forward_mode",
     "in_functorch",
@@ -69,6 +70,19 @@ def _changes_no_function() -> bool:
 def is_autocast_enabled(device: torch.device) -> bool:
     """True if autocast casts tensors on this device. It never casts on "meta", about which torch cannot be asked."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Casts the inputs as autocast casts those of SDPA: all floating-point tensors except float64 get its dtype."""
+    if not isinstance(query, Tensor) or not is_autocast_enabled(query.device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return _to_autocast(query, dtype), _to_autocast(key, dtype), _to_autocast(value, dtype)
+
+
+def _to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the dtype of autocast, if x is a floating-point tensor other than float64."""
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -644,6 +644,21 @@ def test_a_module_that_fails_is_a_row(after: int, monkeypatch: pytest.MonkeyPatc
     assert "torch " in modules.describe(list(found.values()))
 
 
+@pytest.mark.parametrize("command", ["attention", "modules", "generation", "memory", "distributed"])
+def test_a_device_that_is_not_here_ends_the_command(command: str) -> None:
+    for device in ("gpu", "meta", "cuda:99"):
+        with pytest.raises(SystemExit, match=f"--device: expected cpu or one of the .*, got '{device}'"):
+            __main__.main([command, "--quick", "--device", device])
+
+
+@pytest.mark.parametrize("option", ["--lengths", "--head-dim", "--tokens", "--rounds", "--threads", "--shapes"])
+def test_sizes_are_at_least_one(option: str, capsys: pytest.CaptureFixture) -> None:
+    for size in ("0", "-5", "many"):
+        with pytest.raises(SystemExit):
+            __main__.main(["attention", f"{option}={size}"])
+        assert f"{option}: expected a whole number of at least 1, got '{size}'" in capsys.readouterr().err
+
+
 # ---- Clocks
 
 

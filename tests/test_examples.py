@@ -377,6 +377,23 @@ def test_next_sentences_are_half_of_the_pairs(pretraining):
         assert pair["next_sentence_label"] or f"paragraph number {n + 1} " in words
 
 
+@pytest.mark.parametrize("name", ["train_long", "pretrain"])
+def test_steps_are_at_least_one(name, monkeypatch, capsys):
+    packages = {"pretrain": ("transformers", "tokenizers")}.get(name, ())
+    for module in example(monkeypatch, name, *packages):
+        for steps in ("0", "-1", "few"):
+            with pytest.raises(SystemExit):
+                module.main([f"--steps={steps}", *(["--model", "bert"] if name == "pretrain" else [])])
+            assert f"--steps: expected a whole number > 0, got {steps}" in capsys.readouterr().err
+    sys.modules.pop("pretraining_utils", None)
+
+
+def test_resume_without_a_checkpoint_says_so(monkeypatch, tmp_path):
+    for module in example(monkeypatch, "train_long"):
+        with pytest.raises(SystemExit, match=r"--resume: .*long\.pt does not exist; train first"):
+            module.main(["--resume", "--output", str(tmp_path)])
+
+
 def test_lightning_g2p(g2p, tmp_path, capsys):
     """Two runs with the same seed give the same metrics, and a run with another seed gives other ones."""
     pytest.importorskip("lightning", reason="pip install -e .[examples,lightning]")

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.bias import causal_lower_right
 from torch.overrides import TorchFunctionMode
 
-from fused_attn import FusedMultiheadAttention, fused_attention, fused_attention_varlen
+from fused_attn import FusedMultiheadAttention, Transformer, fused_attention, fused_attention_varlen
 
 pytestmark = pytest.mark.quick
 
@@ -43,6 +43,16 @@ def test_jit_trace_checks_the_module(is_training: bool):
     traced = torch.jit.trace(module, (torch.randn(2, 10, 32),))
     x = torch.randn(3, 7, 32)
     torch.testing.assert_close(traced(x), module(x))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_jit_trace_checks_layers(is_training: bool, norm_first: bool):
+    """The check compares the names of values, too, which depend on every size that is read."""
+    module = Transformer(32, 4, 2, 1, 64, dropout=0.0, norm_first=norm_first, batch_first=True).train(is_training)
+    traced = torch.jit.trace(module, (torch.randn(2, 10, 32), torch.randn(2, 5, 32)))
+    src, tgt = torch.randn(3, 7, 32), torch.randn(3, 9, 32)
+    torch.testing.assert_close(traced(src, tgt), module(src, tgt))
 
 
 def test_make_fx_records_attention():

@@ -100,7 +100,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         _C.backward(read, saved, grads, problem.prepared.get(name) or _config(problem), get_num_threads())
     except ValueError:
         copied = _with_unit_strides(inputs, "query", "key", "value", "key_lengths")
-        saved_copied = _with_unit_strides(saved, "dout")
+        saved_copied = _with_unit_strides(saved, "out", "lse", "dout")
         if copied is inputs and saved_copied is saved:
             raise
         return backward(problem, copied, saved_copied, wanted)

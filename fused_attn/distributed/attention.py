@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fused_attn import partial, planning
+from fused_attn import modes, partial, planning
 from fused_attn.attention import checks, dropout, masks
 from fused_attn.attention.problem import Band
 from fused_attn.distributed import ulysses
@@ -88,6 +88,7 @@ def context_parallel_attention(
     if seqlens is not None:
         _check_seqlens(seqlens)
     partial.check_rank_4(query, key, value)
+    query, key, value = modes.autocast(query, key, value)
     padding = chosen.key_padding_mask
     for name, x in (("key_padding_mask", padding), ("relative_bias", chosen.relative_bias), ("sinks", sinks)):
         checks.optional_meta(name, x)
@@ -166,6 +167,7 @@ def context_parallel_attention_varlen(
         raise checks.fail("key_padding_mask", "None with packed sequences, which have no padding", "a tensor")
     if chosen.num_splits is not None:
         raise checks.fail("num_splits", "None with packed sequences, whose keys are not split", chosen.num_splits)
+    query, key, value = modes.autocast(query, key, value)
     documents = _documents(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, chosen)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, rows, columns)
     group = group_of(mesh)

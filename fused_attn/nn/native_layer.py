@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _get_tracing_state
 
 from fused_attn import modes
 from fused_attn.nn import native_linear, small_inference
@@ -63,10 +64,13 @@ def blocks_of(kind: type) -> Blocks:
 def is_plain(layer: nn.Module, blocks: Blocks) -> bool:
     """Whether the parts of the layer may be native calls, if its modules allow that.
 
-    Gradients are off, torch.compile traces nothing, and nothing but the modules of the layer decides what its blocks
-    compute: the layer is of the class itself, and nobody has replaced a method.
+    Gradients are off, nothing is traced, and nothing but the modules of the layer decides what its blocks compute: the
+    layer is of the class itself, and nobody has replaced a method.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(layer) is not blocks.kind:
+        return False
+    # torch.jit traces once more without gradients, and compares the graphs. Even a size that is read is in the graph.
+    if _get_tracing_state() is not None:
         return False
     return not layer.__dict__.keys() & blocks.methods.keys() and all(
         getattr(blocks.kind, name) is method for name, method in blocks.methods.items()

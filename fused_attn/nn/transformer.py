@@ -246,7 +246,8 @@ class TransformerEncoder(nn.TransformerEncoder):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer` on the fused kernel, with a cache for decoding step by step.
 
-    Constructor, forward contract and state-dict keys are those of the parent class.
+    Constructor, forward contract and state-dict keys are those of the parent class. Copies of this layer, such as those
+    in a stack, keep an activation that is a module (``nn.GELU()``). Copies of the parent class compute relu instead.
 
     >>> import torch
     >>> from fused_attn import TransformerDecoderLayer
@@ -288,6 +289,14 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         )  # fmt: skip
         self.self_attn = FusedMultiheadAttention.from_torch(self.self_attn, backend)
         self.multihead_attn = FusedMultiheadAttention.from_torch(self.multihead_attn, backend)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The parent class takes an activation that is a module for a missing one, and puts relu in front of it. Every
+        # copy, such as the layers of a stack, would compute relu.
+        if "activation" in state.get("_modules", {}):
+            nn.Module.__setstate__(self, state)
+        else:
+            super().__setstate__(state)
 
     def forward(
         self,

@@ -540,6 +540,20 @@ def test_saved_tensors_hooks_and_in_place_changes(backend: str, generator: torch
         out.sum().backward()
 
 
+def test_saved_tensors_hooks_may_return_other_strides(backend: str, generator: torch.Generator) -> None:
+    """A hook that packs tensors in its own way returns the right numbers, but not always in the same memory order."""
+    args = qkv(generator)
+
+    def results() -> Tensor:
+        out, lse = fused_attn.fused_attention(*args, is_causal=True, return_lse=True, backend=backend)
+        return out.sin().sum() + lse.sum()
+
+    expected = torch.autograd.grad(results(), args)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.mT.contiguous().mT if x.dim() > 1 else x):
+        changed = results()
+    torch.testing.assert_close(torch.autograd.grad(changed, args), expected)
+
+
 def test_every_set_of_inputs_that_require_grad(backend: str, generator: torch.Generator) -> None:
     """A gradient does not depend on which other gradients are wanted, and gradients that nobody wants are None."""
     case = Case(

@@ -88,6 +88,25 @@ def wanted_gradients(method: str, names: tuple[str, ...]) -> dict[str, Any]:
     return {**grads, "forward": forward_bytes, "backward": traffic.sent_bytes - forward_bytes}
 
 
+def under_autocast(mesh_shape: tuple[int, ...], method: str) -> list[tuple[Tensor, Tensor]]:
+    """(a result under autocast, the result for inputs that have its dtype): out and gradients, dense and packed."""
+    mesh = mesh_of(mesh_shape)
+    query, key, value = torch.randn(3, 1, 12, 16, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    offsets = (*(torch.tensor([0, 16 * dist.get_world_size()], dtype=torch.int32),) * 2, *(64,) * 2)
+
+    def results(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        dense = context_parallel_attention(*leaves, mesh=mesh, method=method, is_causal=True)
+        rows = (x.squeeze(0).transpose(0, 1) for x in leaves)
+        packed = context_parallel_attention_varlen(*rows, *offsets, mesh=mesh, method=method, is_causal=True)
+        gradients = torch.autograd.grad(dense.float().sin().sum() + packed.float().cos().sum(), leaves)
+        return [dense.detach(), packed.detach(), *(x.bfloat16() for x in gradients)]
+
+    with torch.autocast("cpu", torch.bfloat16):  # rotary embeddings often leave query and key in float32
+        found = results((query, key, value.bfloat16()))
+    return list(zip(found, results((query.bfloat16(), key.bfloat16(), value.bfloat16())), strict=True))
+
+
 def batch_there_and_back(batch: dict[str, Any], dims: dict[str, int], cu_seqlens: Tensor) -> tuple[dict, dict, Tensor]:
     """(the shard of a batch, the whole batch again, the positions of the rows of this rank)."""
     mesh = mesh_of((dist.get_world_size(),))

@@ -232,6 +232,16 @@ def test_repeats_have_equal_bits(mesh, generator: torch.Generator) -> None:
             assert all(torch.equal(a[name], b[name]) for name in a if name != "bytes"), method
 
 
+def test_autocast_casts_query_key_and_value(mesh) -> None:
+    """As for `fused_attention`. Inputs may have different dtypes then."""
+    shape, team = mesh
+    for method in methods(shape):
+        for pairs in team.run(jobs.under_autocast, shape, method):
+            for found, expected in pairs:
+                assert found.dtype == torch.bfloat16
+                torch.testing.assert_close(found, expected)
+
+
 def test_bytes_are_those_of_the_plan(mesh, generator: torch.Generator) -> None:
     shape, team = mesh
     if len(shape) == 2:

@@ -299,10 +299,31 @@ def test_copies_and_pickles() -> None:
         assert torch.equal(twin(src, tgt), model(src, tgt))
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("activation", [F.silu, nn.Tanh()], ids=["function", "module"])
+def test_copies_keep_their_activation(activation: Any, copied: Any) -> None:
+    """torch's decoder layer puts relu in the place of a module."""
+    x = torch.randn(2, 5, 16)
+    for layer, arguments in (
+        (fused.TransformerEncoderLayer(16, 2, 32, 0.0, activation, batch_first=True), (x,)),
+        (fused.TransformerDecoderLayer(16, 2, 32, 0.0, activation, batch_first=True), (x, x)),
+    ):
+        expected = layer(*arguments)
+        assert torch.equal(copied(layer)(*arguments), expected)
+        assert torch.equal(copied(copied(layer))(*arguments), expected)
+
+
+def test_the_layers_of_a_stack_keep_their_activation() -> None:
+    model = fused.Transformer(16, 2, 2, 2, 32, 0.0, nn.Tanh())
+    assert all(isinstance(layer.activation, nn.Tanh) for layer in (*model.encoder.layers, *model.decoder.layers))
+    seq2seq = fused.Seq2SeqTransformer(9, 9, 16, 2, 2, 2, 32, 0.0, nn.Tanh(), pad_id=0, sos_id=1, eos_id=2)
+    assert all(isinstance(layer.activation, nn.Tanh) for layer in seq2seq.decoder.layers)
+
+
 # ---- caches
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1), (2, 1, 1), (1, 3)], ids=["by one", "prefill", "in chunks"])
 @pytest.mark.parametrize(
     "options", [{"batch_first": True}, {"norm_first": True}], ids=["batch first", "norm and sequence first"]

@@ -342,6 +342,21 @@ def test_deterministic(case_id: str) -> None:
             assert torch.equal(x, y), name
 
 
+def test_saved_tensors_hooks_may_return_other_strides() -> None:
+    """The kernels read rows, so a saved out whose columns lie apart must be copied."""
+    generator = torch.Generator().manual_seed(0)
+    args = [torch.randn(1, 2, 13, 8, generator=generator).to(DEVICE).requires_grad_() for _ in range(3)]
+
+    def results() -> Tensor:
+        out, lse = fused_attn.fused_attention(*args, is_causal=True, return_lse=True, backend="triton")
+        return out.sin().sum() + lse.sum()
+
+    expected = torch.autograd.grad(results(), args)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.mT.contiguous().mT if x.dim() > 1 else x):
+        changed = results()
+    torch.testing.assert_close(torch.autograd.grad(changed, args), expected)
+
+
 WIDE = [
     Case("wide-window", seqlen_q=70, seqlen_k=67, options={"window_size": (2**40, 2**31 - 1)}),
     Case("wide-window-causal", seqlen_q=70, seqlen_k=67, options={"window_size": (2**31 - 1, 0), "is_causal": True}),

@@ -153,9 +153,9 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
 
     The kernel for dq runs in any case, because it computes delta and the factor, which the other kernels read.
     """
-    assert saved.dout is not None and saved.lse is not None, "backends get both"
-    dout, query, key, value = _readable(saved.dout, inputs.query, inputs.key, inputs.value)
-    out, dlse = saved.out, saved.dlse
+    assert saved.out is not None and saved.dout is not None and saved.lse is not None, "backends get them"
+    out, dout, query, key, value = _readable(saved.out, saved.dout, inputs.query, inputs.key, inputs.value)
+    dlse = saved.dlse
     dquery = empty_like_layout(query, problem.head_dim) if wanted.query else None
     dkey = empty_like_layout(key, problem.head_dim) if wanted.key else None
     dvalue = empty_like_layout(value, problem.value_dim) if wanted.value else None
