@@ -402,6 +402,13 @@ KERNEL(tma_load_not_waited_for, 1, 64, 2048) {
   load_shared<float>(shared + 4 * thread);
 }
 
+// The box may still be on its way when the block has ended, and its shared memory belongs to another block.
+KERNEL(tma_load_that_nobody_waits_for, 1, 32, 2048) {
+  const uint32_t mbarrier = shared + kBoxBytes;
+  init_mbarrier(thread, mbarrier);
+  if (thread == 0) load_box(memory, shared, mbarrier);
+}
+
 // A wait for one mbarrier says nothing about another mbarrier.
 KERNEL(tma_load_wrong_mbarrier_waited_for, 1, 32, 4096) {
   const uint32_t mbarriers = shared + 2 * kBoxBytes;

@@ -113,6 +113,7 @@ BUGS = {
     "copy_without_a_wait": r"the thread ended before its copy_async_16 were waited for",
     "tma_load_not_waited_for": r"RACE: load_shared .*(copy in flight, issued|after the write of) (by )?a TMA load"
     r"|RACE: tma_load .* is not ordered after the read of thread",
+    "tma_load_that_nobody_waits_for": r"no thread has waited for the last TMA load of the mbarrier at shared",
     "tma_load_wrong_mbarrier_waited_for": r"RACE: load_shared .* (in flight, issued by|after the write of) a TMA load",
     "tma_without_fence_mbarrier_init": r"uses the mbarrier at shared offset 1024, and no fence_mbarrier_init follows",
     "tma_over_what_is_still_read": r"RACE: tma_load .* is not ordered after the read of thread"

@@ -112,6 +112,11 @@ BUGS = [
         "if (thread_index() == 0) rings.init(); sync_threads();",
         "if (thread_index() == 0) rings.init(); if (!@) sync_threads();",
     ),
+    Bug(
+        "values-that-nobody-waits-for", 90, "long", "sm90/forward.h",
+        "if (boxes.what == 0) return; load_keys(note, boxes);",
+        "if (boxes.what == 0) { if (@) load_values(before); return; } load_keys(note, boxes);",
+    ),
     Bug("init-not-fenced", 90, "long", "sm90/forward.h", "fence_mbarrier_init();", "if (!@) fence_mbarrier_init();"),
     Bug(
         "slot-not-waited-for", 90, "long", "sm90/loader.h",
