@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.machinery
 import importlib.util
 import re
@@ -29,6 +30,7 @@ from kernels import dividing_gradients, is_built_for, of_architecture
 from test_binary import cuobjdump
 from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES
 
+from fused_attn import fused_attention
 from fused_attn.backends.cuda import backend as cuda
 from fused_attn.backends.cuda import hardware
 
@@ -67,6 +69,18 @@ class Launch(NamedTuple):
     shared_limit: int  # 0 = the host code has not set it
 
 
+class TensorMap(NamedTuple):
+    """What the host code has asked the driver for, in its terms: see cuTensorMapEncodeTiled."""
+
+    is_accepted: bool  # otherwise the arguments break a rule of the driver
+    type: int
+    address: int
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes, from dimension 1 on
+    box: tuple[int, ...]
+    swizzle: int
+
+
 class HostCode:
     """The Python module of the CUDA kernels, with the stand-in in place of the CUDA runtime."""
 
@@ -99,6 +113,15 @@ class HostCode:
             kernel, *numbers = line.split()
             x, y, z, *others = map(int, numbers)
             found.append(Launch(kernel, (x, y, z), *others))
+        return found
+
+    def tensor_maps(self) -> list[TensorMap]:
+        """Those since the last call."""
+        found = []
+        for line in self._text("recorded_tensor_maps").splitlines():
+            is_accepted, element, address, *sizes, swizzle = map(int, line.split())
+            dims, strides, box = (tuple(sizes[begin:end]) for begin, end in ((0, 4), (4, 7), (7, 11)))
+            found.append(TensorMap(bool(is_accepted), element, address, dims, strides, box, swizzle))
         return found
 
     def kernels(self) -> set[str]:
@@ -197,6 +220,7 @@ def test_a_gpu_accepts_every_launch(host_code: HostCode, built: dict[tuple[str, 
                         cases.run(case.make(dtype), "cuda")
                     found = host_code.launches()
                     assert found, case
+                    assert all(x.is_accepted for x in host_code.tensor_maps()), case
                     launched.update((architecture, launch) for launch in found)
     assert host_code.kernels() == {launch.kernel for _, launch in launched}
     for architecture, launch in launched:
@@ -207,6 +231,49 @@ def test_a_gpu_accepts_every_launch(host_code: HostCode, built: dict[tuple[str, 
         assert (machine, launch.kernel) in built, f"{launch.kernel} has no machine code for {machine}"
         found = faults(launch, built[machine, launch.kernel], most)
         assert not found, f"{launch.kernel}: {found}"
+
+
+#: CUtensorMapDataType and CUtensorMapSwizzle.
+DRIVER_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+SWIZZLE_64B, SWIZZLE_128B = 2, 3
+
+
+@pytest.mark.parametrize("dtype", DRIVER_TYPES, ids=str)
+def test_tensor_maps_describe_the_tensors(host_code: HostCode, dtype: torch.dtype) -> None:
+    """The emulation makes tensor maps without the driver, so it does not see what the driver is told."""
+    if not is_built_for(90):
+        pytest.skip("built without the kernels for sm_90a")
+
+    def rows(heads: int, length: int, columns: int) -> torch.Tensor:
+        return torch.randn(2, length, heads, columns + 8, dtype=dtype)[..., :columns].transpose(1, 2)
+
+    query, key, value = rows(4, 333, 40), rows(2, 590, 40), rows(2, 590, 40)
+    bias = torch.randn(4, 333, 592, dtype=dtype)[..., :590]
+    with host_code.running(90):
+        host_code.tensor_maps()
+        attention = functools.partial(
+            fused_attention, query.requires_grad_(), key, value, enable_gqa=True, backend="cuda"
+        )
+        out = attention()
+        forward = {x.address: x for x in host_code.tensor_maps()}
+        attention(attn_mask=bias).sum().backward()
+        backward = {x.address: x for x in host_code.tensor_maps()}  # of a map for each address, the last one
+
+    def expected(x: torch.Tensor, box_rows: int, box_columns: int, swizzle: int) -> TensorMap:
+        batch, heads, length, columns = x.shape
+        strides = tuple(2 * stride for stride in (x.stride(2), x.stride(1), x.stride(0)))
+        dims, box = (columns, length, heads, batch), (box_columns, box_rows, 1, 1)
+        return TensorMap(True, DRIVER_TYPES[dtype], x.data_ptr(), dims, strides, box, swizzle)
+
+    # Plain forward with head dim 64: tiles of 192 queries and 128 keys, and each warp stores 16 rows.
+    for x, box_rows in ((query, 192), (key, 128), (value, 128), (out, 16)):
+        assert forward.pop(x.data_ptr()) == expected(x, box_rows, 64, SWIZZLE_128B)
+    assert not forward
+    # Its general backward: tiles of 64 queries, and keys in panels of 32 columns.
+    for x, sizes in ((query, (64, 64, SWIZZLE_128B)), (key, (128, 32, SWIZZLE_64B)), (value, (128, 32, SWIZZLE_64B))):
+        assert backward[x.data_ptr()] == expected(x, *sizes)
+    bias_strides = (2 * 592, 2 * 333 * 592, 16)  # a dimension with one entry may have any stride
+    assert backward[bias.data_ptr()] == expected(bias[None], 64, 64, SWIZZLE_128B)._replace(strides=bias_strides)
 
 
 def test_what_a_gpu_refuses() -> None:
