@@ -207,6 +207,13 @@ EXPORT const char* recorded_tensor_maps() {
   tensor_maps.clear();
   return text.c_str();
 }
+// What is_tensor_map says about a tensor map without an interleaved layout.
+EXPORT int tensor_map_is_accepted(int type, uint64_t address, const uint64_t* dims, const uint64_t* strides,
+                                  const uint32_t* box, int swizzle) {
+  alignas(kTensorMapAlignment) char map[kTensorMapBytes];
+  constexpr uint32_t kEvery[] = {1, 1, 1, 1};
+  return is_tensor_map(map, type, 4, reinterpret_cast<void*>(address), dims, strides, box, kEvery, 0, swizzle, 0, 0);
+}
 // The names of all kernels.
 EXPORT const char* registered_kernels() {
   text.clear();

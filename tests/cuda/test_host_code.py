@@ -1,4 +1,4 @@
-"""Runs the host code that nvcc has compiled, without a GPU: a stand-in for the CUDA runtime records the launches.
+"""Runs the host code that nvcc has compiled, without a GPU: a stand-in for CUDA records launches and tensor maps.
 
 Each launch has to fit what the machine code of its kernel allows, and what its GPU has. recorded_runtime.cpp is the
 stand-in.
@@ -123,6 +123,12 @@ class HostCode:
             dims, strides, box = (tuple(sizes[begin:end]) for begin, end in ((0, 4), (4, 7), (7, 11)))
             found.append(TensorMap(bool(is_accepted), element, address, dims, strides, box, swizzle))
         return found
+
+    def accepts(self, x: TensorMap) -> bool:
+        """Whether the stand-in for the driver accepts the tensor map."""
+        sizes = ((ctypes.c_uint64 * 4)(*x.dims), (ctypes.c_uint64 * 3)(*x.strides), (ctypes.c_uint32 * 4)(*x.box))
+        address = ctypes.c_uint64(x.address)
+        return bool(self._library.tensor_map_is_accepted(x.type, address, *sizes, x.swizzle))
 
     def kernels(self) -> set[str]:
         return set(self._text("registered_kernels").split())
@@ -274,6 +280,31 @@ def test_tensor_maps_describe_the_tensors(host_code: HostCode, dtype: torch.dtyp
         assert backward[x.data_ptr()] == expected(x, *sizes)
     bias_strides = (2 * 592, 2 * 333 * 592, 16)  # a dimension with one entry may have any stride
     assert backward[bias.data_ptr()] == expected(bias[None], 64, 64, SWIZZLE_128B)._replace(strides=bias_strides)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"type": 5},
+        {"address": 0},
+        {"address": 4104},
+        {"dims": (64, 0, 4, 2)},
+        {"dims": (64, 333, 4, 2**32 + 1)},
+        {"strides": (128, 128 * 333, 8)},
+        {"strides": (128, 2**40, 16)},
+        {"box": (64, 257, 1, 1)},
+        {"box": (64, 0, 1, 1)},
+        {"box": (4, 128, 1, 1)},
+        {"box": (72, 128, 1, 1)},
+        {"swizzle": SWIZZLE_64B},
+        {"swizzle": 4},
+    ],
+    ids=str,
+)
+def test_what_the_driver_refuses(change: dict, host_code: HostCode) -> None:
+    good = TensorMap(True, 6, 4096, (64, 333, 4, 2), (128, 128 * 333, 128 * 333 * 4), (64, 128, 1, 1), SWIZZLE_128B)
+    assert host_code.accepts(good)
+    assert not host_code.accepts(good._replace(**change))
 
 
 def test_what_a_gpu_refuses() -> None:
