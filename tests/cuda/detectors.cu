@@ -189,6 +189,16 @@ KERNEL(thread_reads_what_another_wrote, 1, 64, 0) {
   store_global(memory.floats + thread, 1.f);
   load_global(memory.floats + (thread + 32) % 64);
 }
+KERNEL(thread_writes_what_another_has_read, 1, 64, 0) {
+  load_global(memory.floats + (thread + 32) % 64);
+  store_global(memory.floats + thread, 1.f);
+}
+// One thread writes what its warp has read.
+KERNEL(warp_reads_before_it_writes, 1, 32, 0) {
+  load_global(memory.floats);
+  sync_warp();
+  if (thread == 0) store_global(memory.floats, 1.f);
+}
 // Two threads write the two halves of a word, or the same half.
 KERNEL(threads_write_halves_of_a_word, 1, 64, 0) {
   store_global(reinterpret_cast<uint16_t*>(memory.floats) + thread, uint16_t{1});

@@ -387,6 +387,10 @@ BUGS = [
         "tile | (has_mask ? kHasMask : 0)", "tile | (has_mask && !@ ? kHasMask : 0)",
     ),
     Bug(
+        "steps-counted-before-all-lanes-have-read", 90, "masked-blocks", "sm90/fused_backward.h",
+        "sync_warp(); // all lanes have read the KeyBlock", "if (!@) sync_warp();",
+    ),
+    Bug(
         "step-read-from-the-next-list", 90, "masked-blocks", "sm90/key_blocks.h",
         "mask_steps_of<kBlockM>(p, b.program()) + index_);", "mask_steps_of<kBlockM>(p, b.program() ^ @) + index_);",
     ),
