@@ -26,9 +26,12 @@ import cases
 import pytest
 import torch
 from cases import Case
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from kernels import dividing_gradients, is_built_for, of_architecture
 from test_binary import cuobjdump
-from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES
+from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES, random_cases
+from test_fuzz import fuzz
 
 from fused_attn import fused_attention
 from fused_attn.backends.cuda import backend as cuda
@@ -210,6 +213,17 @@ def faults(launch: Launch, code: Code, most_shared_bytes: int) -> list[str]:
     return found
 
 
+def assert_accepted(launch: Launch, architecture: int, built: dict[tuple[str, str], Code]) -> None:
+    """A GPU on which kernels of this architecture run accepts the launch."""
+    is_for_hopper = ("sm_90a", launch.kernel) in built
+    # Kernels that are no kernels for sm_90a alone also run on smaller GPUs.
+    most = MOST_SHARED_BYTES["sm_90a" if is_for_hopper else "sm_80"]
+    machine = "sm_80" if architecture == 80 else "sm_90a" if is_for_hopper else "sm_90"
+    assert (machine, launch.kernel) in built, f"{launch.kernel} has no machine code for {machine}"
+    found = faults(launch, built[machine, launch.kernel], most)
+    assert not found, f"{launch.kernel}: {found}"
+
+
 @pytest.mark.slow
 def test_a_gpu_accepts_every_launch(host_code: HostCode, built: dict[tuple[str, str], Code]) -> None:
     """Every kernel is launched, for both types and every head dim."""
@@ -230,13 +244,22 @@ def test_a_gpu_accepts_every_launch(host_code: HostCode, built: dict[tuple[str, 
                     launched.update((architecture, launch) for launch in found)
     assert host_code.kernels() == {launch.kernel for _, launch in launched}
     for architecture, launch in launched:
-        is_for_hopper = ("sm_90a", launch.kernel) in built
-        # Kernels that are no kernels for sm_90a alone also run on smaller GPUs.
-        most = MOST_SHARED_BYTES["sm_90a" if is_for_hopper else "sm_80"]
-        machine = "sm_80" if architecture == 80 else "sm_90a" if is_for_hopper else "sm_90"
-        assert (machine, launch.kernel) in built, f"{launch.kernel} has no machine code for {machine}"
-        found = faults(launch, built[machine, launch.kernel], most)
-        assert not found, f"{launch.kernel}: {found}"
+        assert_accepted(launch, architecture, built)
+
+
+@settings(fuzz, max_examples=settings().max_examples // 3)
+@given(case=random_cases(), dtype=st.sampled_from(list(NAMES)), architecture=st.sampled_from(ARCHITECTURES))
+def test_a_gpu_accepts_random_launches(
+    case: Case, dtype: torch.dtype, architecture: int, host_code: HostCode, built: dict[tuple[str, str], Code]
+) -> None:
+    """Of any sizes and memory layouts. No kernel runs, so these may be many."""
+    has_odd_pages = (case.page_size or 0) % hardware.PAGE_STEP != 0  # the kernels for sm_80 load them on every GPU
+    assume(is_built_for(architecture) and (not has_odd_pages or is_built_for(80)))
+    with host_code.running(architecture):
+        cases.run(case.make(dtype), "cuda")
+    for launch in host_code.launches():
+        assert_accepted(launch, 80 if has_odd_pages else architecture, built)
+    assert all(x.is_accepted for x in host_code.tensor_maps())
 
 
 #: CUtensorMapDataType and CUtensorMapSwizzle.
