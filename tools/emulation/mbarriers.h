@@ -19,8 +19,8 @@ class Mbarriers {
   void arrive(uint32_t address, uint32_t expected_bytes);
   void wait(uint32_t address, uint32_t parity);
 
-  // begin_copy: the current thread issues copy number `tick` of the block, which will complete on this mbarrier. Returns
-  // the agent of the copy.
+  // begin_copy: the current thread issues copy number `tick` of the block, which will complete on this mbarrier.
+  // Returns the agent of the copy.
   // complete_copy: `bytes` bytes of the copy have arrived. A thread that waits for the mbarrier joins `clock`.
   int begin_copy(uint32_t address, uint32_t tick);
   void complete_copy(uint32_t address, uint32_t bytes, const VectorClock& clock);
