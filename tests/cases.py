@@ -286,6 +286,15 @@ def check_inference(case: Case, dtype: torch.dtype, backend: str) -> None:
     assert not rows[truth.lse == -INF].any()
 
 
+def check_overlapping_rows(backend: str, device: str = "cpu") -> None:
+    """Windows of a signal, as `Tensor.unfold` gives them: each row begins 8 numbers after the one before."""
+    generator = torch.Generator().manual_seed(0)
+    signals = (randn((64 + 8 * 69,), torch.float16, generator).to(device) for _ in range(3))
+    windows = [x.unfold(0, 64, 8)[None, None] for x in signals]
+    out = fused_attn.fused_attention(*windows, backend=backend)
+    assert torch.equal(out, fused_attn.fused_attention(*(x.contiguous() for x in windows), backend=backend))
+
+
 def randn(shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Random numbers, drawn in float32 and then rounded, so that they are the same numbers in all dtypes."""
     return torch.randn(shape, generator=generator).to(dtype)

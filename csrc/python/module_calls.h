@@ -178,9 +178,9 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
 const char kLinearDoc[] =
     "linear(x, weight, bias, relu, residual, norm_weight, norm_bias, norm_eps, out, num_threads)\n\n"
     "Writes x . weight^T + bias to out, for few rows: x (..., in), weight (out, in), bias (out,) or None, out\n"
-    "(..., out). If relu is true, max(x . weight^T + bias, 0) takes the place of that sum. residual (..., out) or None\n"
-    "is added. With norm_weight (out,) and norm_bias (out,) or None, out is the layer norm of the result. All tensors\n"
-    "must have one dtype and be contiguous.";
+    "(..., out). If relu is true, negative elements of that become 0. residual (..., out) or None is added. With\n"
+    "norm_weight (out,) and norm_bias (out,) or None, out is the layer norm of the result. All tensors must have one\n"
+    "dtype and be contiguous.";
 
 PyObject* linear(PyObject* const* args, Py_ssize_t count) {
   struct Arguments {
@@ -229,10 +229,10 @@ PyObject* linear(PyObject* const* args, Py_ssize_t count) {
 
 const char kFinishRowsDoc[] =
     "finish_rows(x, bias, relu, residual, norm_weight, norm_bias, norm_eps, out, num_threads)\n\n"
-    "Does in one pass what follows the product x (..., E) of a linear layer: writes norm(residual + x + bias) to out.\n"
-    "bias (E,) or None, residual (..., E) or None, norm_weight (E,) or None = no norm, norm_bias (E,) or None. If relu\n"
-    "is true, max(x + bias, 0) takes the place of x + bias. out may be x. All tensors must have one dtype and be\n"
-    "contiguous.";
+    "Does in one pass what follows the product x (..., E) of a linear layer: writes norm(residual + x + bias) to\n"
+    "out. bias (E,), residual (..., E), norm_weight (E,) and norm_bias (E,) may be None. Without norm_weight, there is\n"
+    "no norm. If relu is true, negative elements of x + bias become 0. out may be x. All tensors must have one dtype\n"
+    "and be contiguous.";
 
 PyObject* finish_rows(PyObject* const* args, Py_ssize_t count) {
   struct Arguments {

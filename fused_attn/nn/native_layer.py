@@ -131,7 +131,8 @@ def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
 
 def add_and_normalise(x: Tensor, y: Tensor, norm: Any) -> NativeCall | None:
     """Computes ``norm(x + y)``, where y is what a block of a layer has computed. The layer need not be plain."""
-    if torch.is_grad_enabled() or modes.is_dynamo_compiling() or not is_plain_norm(norm, x):
+    # Even a size that is read is in the graph of a tracer, so the modes come first.
+    if torch.is_grad_enabled() or not modes.is_direct() or not is_plain_norm(norm, x):
         return None
     return native_linear.add_and_normalise(x, y, norm)
 

@@ -76,8 +76,8 @@ def native_call(
 def add_and_normalise(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> NativeCall | None:
     """Computes ``norm(x + y)``. None if no native call can compute it.
 
-    The caller has ruled out gradients and a norm that the native call cannot compute. As in `native_call`, training
-    mode is left to torch.
+    The caller has ruled out gradients, torch's modes, and a norm that the native call cannot compute. As in
+    `native_call`, training mode is left to torch.
     """
     if (
         _C is None
@@ -87,7 +87,6 @@ def add_and_normalise(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> NativeCall | 
         or x.dtype not in DTYPES
         or x.numel() == 0
         or modes.is_any_autocast_enabled()
-        or not modes.is_direct()
     ):
         return None
     out = torch.empty_like(x)

@@ -115,7 +115,7 @@ class EndWatch:
     """
 
     def __init__(self, is_done: Callable[[], Tensor], device: torch.device):
-        self._is_done, self._is_cuda = is_done, device.type == "cuda"
+        self._is_done, self._device, self._is_cuda = is_done, device, device.type == "cuda"
         self._steps = 0
         if self._is_cuda:
             # The flags are in memory from which the host can read while the GPU works, one for each step in flight.
@@ -132,6 +132,8 @@ class EndWatch:
             if self._flags[slot]:
                 return True
         self._flags[slot].copy_(self._is_done(), non_blocking=True)
-        self._events[slot].record()
+        # Without an argument, the event would belong to the current device, which may be another one: it would pass at
+        # once, and the host could run ahead by any number of steps.
+        self._events[slot].record(torch.cuda.current_stream(self._device))
         self._steps += 1
         return False

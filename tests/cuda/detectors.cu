@@ -189,6 +189,16 @@ KERNEL(thread_reads_what_another_wrote, 1, 64, 0) {
   store_global(memory.floats + thread, 1.f);
   load_global(memory.floats + (thread + 32) % 64);
 }
+KERNEL(thread_writes_what_another_has_read, 1, 64, 0) {
+  load_global(memory.floats + (thread + 32) % 64);
+  store_global(memory.floats + thread, 1.f);
+}
+// One thread writes what its warp has read.
+KERNEL(warp_reads_before_it_writes, 1, 32, 0) {
+  load_global(memory.floats);
+  sync_warp();
+  if (thread == 0) store_global(memory.floats, 1.f);
+}
 // Two threads write the two halves of a word, or the same half.
 KERNEL(threads_write_halves_of_a_word, 1, 64, 0) {
   store_global(reinterpret_cast<uint16_t*>(memory.floats) + thread, uint16_t{1});
@@ -400,6 +410,13 @@ KERNEL(tma_load_not_waited_for, 1, 64, 2048) {
   if (thread == 0) load_box(memory, shared, mbarrier);
   if (thread < 32) mbarrier_wait(mbarrier, 0);
   load_shared<float>(shared + 4 * thread);
+}
+
+// The box may still be on its way when the block has ended, and its shared memory belongs to another block.
+KERNEL(tma_load_that_nobody_waits_for, 1, 32, 2048) {
+  const uint32_t mbarrier = shared + kBoxBytes;
+  init_mbarrier(thread, mbarrier);
+  if (thread == 0) load_box(memory, shared, mbarrier);
 }
 
 // A wait for one mbarrier says nothing about another mbarrier.

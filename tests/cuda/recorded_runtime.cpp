@@ -59,9 +59,43 @@ int record(const void* function, Dim3 grid, Dim3 block, size_t shared) {
   return kSuccess;
 }
 
-int encode_tensor_map(void* map, int, unsigned, void*, const uint64_t*, const uint64_t*, const uint32_t*,
-                      const uint32_t*, int, int, int, int) {
-  if (reinterpret_cast<uintptr_t>(map) % kTensorMapAlignment != 0) return kInvalidValue;
+// Adds a line "accepted type address dims[4] strides[3] box[4] swizzle" for each call of cuTensorMapEncodeTiled.
+std::string tensor_maps;
+
+// Whether cuTensorMapEncodeTiled accepts these arguments, by its documentation in cuda.h, as far as host code needs it:
+// 16-bit numbers in four dimensions, without an interleaved layout.
+bool is_tensor_map(const void* map, int type, unsigned rank, const void* address, const uint64_t* dims,
+                   const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides, int interleave,
+                   int swizzle, int l2_promotion, int oob_fill) {
+  constexpr int kFloat16 = 6, kBfloat16 = 9;       // CUtensorMapDataType
+  constexpr uint32_t kSpans[] = {0, 32, 64, 128};  // of CUtensorMapSwizzle, in bytes
+  const auto address_of = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  if (address_of(map) % kTensorMapAlignment != 0 || (type != kFloat16 && type != kBfloat16) || rank != 4) return false;
+  if (address == nullptr || address_of(address) % 16 != 0) return false;
+  for (int i = 0; i < 4; ++i) {
+    if (dims[i] < 1 || dims[i] > uint64_t{1} << 32 || box[i] < 1 || box[i] > 256 || element_strides[i] != 1)
+      return false;
+    if (i < 3 && (strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40)) return false;
+  }
+  if (interleave != 0 || swizzle < 0 || swizzle > 3 || l2_promotion < 0 || l2_promotion > 3 || oob_fill != 0)
+    return false;
+  const uint32_t row_bytes = 2 * box[0];
+  return row_bytes % 16 == 0 && (swizzle == 0 || row_bytes <= kSpans[swizzle]);
+}
+
+int encode_tensor_map(void* map, int type, unsigned rank, void* address, const uint64_t* dims, const uint64_t* strides,
+                      const uint32_t* box, const uint32_t* element_strides, int interleave, int swizzle,
+                      int l2_promotion, int oob_fill) {
+  const bool is_accepted = is_tensor_map(map, type, rank, address, dims, strides, box, element_strides, interleave,
+                                         swizzle, l2_promotion, oob_fill);
+  const auto add = [](auto number) { tensor_maps += std::to_string(number) + " "; };
+  for (const uint64_t number : {uint64_t{is_accepted}, uint64_t(type), uint64_t(reinterpret_cast<uintptr_t>(address))})
+    add(number);
+  for (int i = 0; i < 4; ++i) add(dims[i]);
+  for (int i = 0; i < 3; ++i) add(strides[i]);
+  for (int i = 0; i < 4; ++i) add(box[i]);
+  tensor_maps += std::to_string(swizzle) + "\n";
+  if (!is_accepted) return kInvalidValue;
   memset(map, 0, kTensorMapBytes);
   return kSuccess;
 }
@@ -166,6 +200,19 @@ EXPORT const char* recorded_launches() {
   text.swap(launches);
   launches.clear();
   return text.c_str();
+}
+// The tensor maps since the last call of this function.
+EXPORT const char* recorded_tensor_maps() {
+  text.swap(tensor_maps);
+  tensor_maps.clear();
+  return text.c_str();
+}
+// What is_tensor_map says about a tensor map without an interleaved layout.
+EXPORT int tensor_map_is_accepted(int type, uint64_t address, const uint64_t* dims, const uint64_t* strides,
+                                  const uint32_t* box, int swizzle) {
+  alignas(kTensorMapAlignment) char map[kTensorMapBytes];
+  constexpr uint32_t kEvery[] = {1, 1, 1, 1};
+  return is_tensor_map(map, type, 4, reinterpret_cast<void*>(address), dims, strides, box, kEvery, 0, swizzle, 0, 0);
 }
 // The names of all kernels.
 EXPORT const char* registered_kernels() {

@@ -94,6 +94,8 @@ MOST_REGISTERS_PREPARATION = 40
 
 #: A line of machine code: the address, the text, and in the text the name of the instruction.
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+((?:@!?\w+\s+)?([A-Z0-9_]+).*?)\s*;")
+#: An instruction that writes to a register: its number. It is the first operand, or comes after a predicate.
+WRITTEN = re.compile(r"(?:@!?\w+\s+)?[A-Z0-9_]+\S*\s+(?:U?PT?\w*, )?R(\d+)\b")
 
 
 class Kernel(NamedTuple):
@@ -227,34 +229,40 @@ def following_ones(code: list[tuple[int, str]]) -> list[list[int]]:
 
 
 def touched_in_flight(code: list[tuple[int, str]]) -> list[str]:
-    """The instructions that name an accumulator of a product with wgmma that is not complete yet, on some way through
-    the code. Other instructions of the same product may name it.
+    """The instructions that name an accumulator, or write to a register of the left factor, of a product with wgmma
+    that is not complete yet, on some way through the code. Other instructions of the same product may name its
+    accumulators.
 
-    Accumulators begin at multiples of 8, so the first register that an instruction names tells what it touches.
+    Accumulators begin at multiples of 8, and four registers of a left factor at multiples of 4. So the first register
+    that an instruction names, or writes to, tells what it touches.
     """
     following, found = following_ones(code), set()
     named = [{int(number) for number in re.findall(r"\bR(\d+)", text)} for _, text in code]
-    # The number of an instruction; the accumulators of each product that is complete when a wait says so, the oldest
-    # first; those of the product that is being started.
+    written = [{int(match[1])} if (match := WRITTEN.match(text)) else set() for _, text in code]
+    # The number of an instruction; the registers of each product that is complete when a wait says so, the oldest
+    # first; those of the product that is being started. Of a left factor, registers may be read.
     start = (0, (), frozenset())
     seen, queue = {start}, [start]
     while queue:
         i, products, started = queue.pop()
         text = code[i][1]
         if match := re.search(r"\bHGMMA\.64x(\d+)x16\S* R(\d+), (?:R(\d+))?", text):
-            first = int(match[2])
+            first, factor = int(match[2]), int(match[3] or 0)
             own = range(first, first + int(match[1]) // 2)
-            assert first % 8 == 0, text
-            others = [x for product in products for x in product if x != own]
-            if any(register in x for x in others for register in (first, int(match[3] or 0))):
-                found.add(text)
-            started |= {own}
+            assert first % 8 == 0 and factor % 4 == 0, text
+            for x, may_be_read in (x for product in products for x in product):
+                is_overwritten = x != own and (first in x or x.start in own)
+                if is_overwritten or (factor in x and not may_be_read):
+                    found.add(text)
+            started |= {(own, False)} | ({(range(factor, factor + 4), True)} if match[3] else set())
             if "gsb0" in text:
                 products, started = (*products, started), frozenset()
         elif match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", text):
             products = products[max(len(products) - int(match[1], 16), 0) :]
-        elif any(register in x for product in (*products, started) for x in product for register in named[i]):
-            found.add(text)
+        else:
+            for x, may_be_read in (x for product in (*products, started) for x in product):
+                if any(register in x for register in (written[i] if may_be_read else named[i])):
+                    found.add(text)
         assert len(products) < 8, "products are started in a loop, and none is waited for"
         for after in following[i]:
             state = (after, products, started)
@@ -580,6 +588,13 @@ PRODUCT = [
         (3, "LDS.64 R14, [R1]", True),
         (3, "HGMMA.64x16x16.F32 R8, gdesc[UR4], R8, gsb0", False),
         (3, "HGMMA.64x16x16.F32 R16, R8, gdesc[UR4].tnspB, R16, gsb0", True),
+        (3, "FADD R26, R1, R2", True),
+        (3, "LDS.64 R26, [R1]", True),
+        (3, "SHFL.BFLY PT, R27, R1, 0x1, 0x1f", True),
+        (3, "FADD R28, R24, R27", False),
+        (3, "STS.128 [R24], R24", False),
+        (3, "HGMMA.64x16x16.F32 R24, gdesc[UR4], !UPT, gsb0", True),
+        (3, "HGMMA.64x32x16.F32 R16, gdesc[UR4], !UPT, gsb0", True),
         (4, "WARPGROUP.DEPBAR.LE gsb0, 0x1", True),
         (4, "@P0 BRA 0x60", True),
     ],

@@ -185,6 +185,11 @@ def test_more_than_2_31_elements() -> None:
         gpu_checks.check_more_than_2_31_elements("cuda")
 
 
+def test_rows_may_overlap() -> None:
+    """The documentation of cuTensorMapEncodeTiled does not say whether the driver accepts such strides."""
+    cases.check_overlapping_rows("cuda", "cuda")
+
+
 @EVERY_MIX
 def test_without_lse(case: Case) -> None:
     """Inference is the same forward, which then leaves the log-sum-exp out."""

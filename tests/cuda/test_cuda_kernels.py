@@ -553,6 +553,11 @@ def test_rows_that_no_kernel_can_read_are_copied(layout: str) -> None:
 
 
 @pytest.mark.usefixtures("running")
+def test_rows_may_overlap() -> None:
+    cases.check_overlapping_rows("cuda")
+
+
+@pytest.mark.usefixtures("running")
 def test_strides_of_single_entries_do_not_matter(generator: torch.Generator) -> None:
     """Not a multiple of 16 bytes, and nothing that TMA accepts."""
     query, key, value = (torch.randn(70 * 64, generator=generator).half() for _ in range(3))

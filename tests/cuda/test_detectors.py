@@ -24,6 +24,7 @@ CORRECT = [
     "all_shared_memory",
     "threads_write_halves_of_a_word",
     "threads_exchange_in_global",
+    "warp_reads_before_it_writes",
     "block_passes_on",
     "blocks_in_order",
     "waiting_for_a_neighbour",
@@ -49,6 +50,11 @@ CORRECT = [
 UNORDERED = (
     r"RACE: load_shared at shared offset \d+ reads what is not ordered after the write of thread \d+"
     r"|RACE: store_shared at shared offset \d+ is not ordered after the read of thread \d+"
+)
+
+UNORDERED_IN_GLOBAL = (
+    r"RACE: load_global reads .* thread \d+ .* of the same block wrote: nothing"
+    r"|RACE: store_global .* that thread \d+ .* of the same block has read: nothing"
 )
 
 #: Which step is missing between a bulk store of one block and an access of another.
@@ -81,9 +87,10 @@ BUGS = {
     "blocks_add_to_the_same": r"block 1, .*RACE: atomic_add to global memory that block number 0 .* also adds to: no ",
     "block_reads_what_another_wrote": r"block 1, .*RACE: load_global reads global memory that block number 0 .* wrote",
     "threads_write_the_same": r"RACE: store_global .* thread \d+ \(warp \d\) of the same block writes too: nothing",
+    "thread_writes_what_another_has_read": UNORDERED_IN_GLOBAL,
     "threads_write_the_same_half": r"RACE: store_global .* thread \d+ .* of the same block writes too: nothing",
-    "thread_reads_what_another_wrote": r"RACE: load_global reads .* thread \d+ .* of the same block wrote: nothing",
-    "counted_before_all_have_written": r"block 1, .*load_global .*block's add_release does not come after the write"
+    "thread_reads_what_another_wrote": UNORDERED_IN_GLOBAL,
+    "counted_before_all_have_written": r"block 1, .*load_global .*block's add_release does not come after the access"
     rf"|block 1, .*load_global .*{NO_TURN}",
     "read_by_one_that_has_not_waited": rf"block 1, .*RACE: load_global .*{NO_TURN}"
     r"|block 0, .*RACE: store_global .*",
@@ -113,6 +120,7 @@ BUGS = {
     "copy_without_a_wait": r"the thread ended before its copy_async_16 were waited for",
     "tma_load_not_waited_for": r"RACE: load_shared .*(copy in flight, issued|after the write of) (by )?a TMA load"
     r"|RACE: tma_load .* is not ordered after the read of thread",
+    "tma_load_that_nobody_waits_for": r"no thread has waited for the last TMA load of the mbarrier at shared",
     "tma_load_wrong_mbarrier_waited_for": r"RACE: load_shared .* (in flight, issued by|after the write of) a TMA load",
     "tma_without_fence_mbarrier_init": r"uses the mbarrier at shared offset 1024, and no fence_mbarrier_init follows",
     "tma_over_what_is_still_read": r"RACE: tma_load .* is not ordered after the read of thread"

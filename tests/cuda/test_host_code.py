@@ -1,4 +1,4 @@
-"""Runs the host code that nvcc has compiled, without a GPU: a stand-in for the CUDA runtime records the launches.
+"""Runs the host code that nvcc has compiled, without a GPU: a stand-in for CUDA records launches and tensor maps.
 
 Each launch has to fit what the machine code of its kernel allows, and what its GPU has. recorded_runtime.cpp is the
 stand-in.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.machinery
 import importlib.util
 import re
@@ -25,10 +26,14 @@ import cases
 import pytest
 import torch
 from cases import Case
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from kernels import dividing_gradients, is_built_for, of_architecture
 from test_binary import cuobjdump
-from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES
+from test_cuda_kernels import ARCHITECTURES, MIXED_FEATURES, NAMES, random_cases
+from test_fuzz import fuzz
 
+from fused_attn import fused_attention
 from fused_attn.backends.cuda import backend as cuda
 from fused_attn.backends.cuda import hardware
 
@@ -67,6 +72,18 @@ class Launch(NamedTuple):
     shared_limit: int  # 0 = the host code has not set it
 
 
+class TensorMap(NamedTuple):
+    """What the host code has asked the driver for, in its terms: see cuTensorMapEncodeTiled."""
+
+    is_accepted: bool  # otherwise the arguments break a rule of the driver
+    type: int
+    address: int
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes, from dimension 1 on
+    box: tuple[int, ...]
+    swizzle: int
+
+
 class HostCode:
     """The Python module of the CUDA kernels, with the stand-in in place of the CUDA runtime."""
 
@@ -100,6 +117,21 @@ class HostCode:
             x, y, z, *others = map(int, numbers)
             found.append(Launch(kernel, (x, y, z), *others))
         return found
+
+    def tensor_maps(self) -> list[TensorMap]:
+        """Those since the last call."""
+        found = []
+        for line in self._text("recorded_tensor_maps").splitlines():
+            is_accepted, element, address, *sizes, swizzle = map(int, line.split())
+            dims, strides, box = (tuple(sizes[begin:end]) for begin, end in ((0, 4), (4, 7), (7, 11)))
+            found.append(TensorMap(bool(is_accepted), element, address, dims, strides, box, swizzle))
+        return found
+
+    def accepts(self, x: TensorMap) -> bool:
+        """Whether the stand-in for the driver accepts the tensor map."""
+        sizes = ((ctypes.c_uint64 * 4)(*x.dims), (ctypes.c_uint64 * 3)(*x.strides), (ctypes.c_uint32 * 4)(*x.box))
+        address = ctypes.c_uint64(x.address)
+        return bool(self._library.tensor_map_is_accepted(x.type, address, *sizes, x.swizzle))
 
     def kernels(self) -> set[str]:
         return set(self._text("registered_kernels").split())
@@ -181,6 +213,17 @@ def faults(launch: Launch, code: Code, most_shared_bytes: int) -> list[str]:
     return found
 
 
+def assert_accepted(launch: Launch, architecture: int, built: dict[tuple[str, str], Code]) -> None:
+    """A GPU on which kernels of this architecture run accepts the launch."""
+    is_for_hopper = ("sm_90a", launch.kernel) in built
+    # Kernels that are no kernels for sm_90a alone also run on smaller GPUs.
+    most = MOST_SHARED_BYTES["sm_90a" if is_for_hopper else "sm_80"]
+    machine = "sm_80" if architecture == 80 else "sm_90a" if is_for_hopper else "sm_90"
+    assert (machine, launch.kernel) in built, f"{launch.kernel} has no machine code for {machine}"
+    found = faults(launch, built[machine, launch.kernel], most)
+    assert not found, f"{launch.kernel}: {found}"
+
+
 @pytest.mark.slow
 def test_a_gpu_accepts_every_launch(host_code: HostCode, built: dict[tuple[str, str], Code]) -> None:
     """Every kernel is launched, for both types and every head dim."""
@@ -197,16 +240,94 @@ def test_a_gpu_accepts_every_launch(host_code: HostCode, built: dict[tuple[str, 
                         cases.run(case.make(dtype), "cuda")
                     found = host_code.launches()
                     assert found, case
+                    assert all(x.is_accepted for x in host_code.tensor_maps()), case
                     launched.update((architecture, launch) for launch in found)
     assert host_code.kernels() == {launch.kernel for _, launch in launched}
     for architecture, launch in launched:
-        is_for_hopper = ("sm_90a", launch.kernel) in built
-        # Kernels that are no kernels for sm_90a alone also run on smaller GPUs.
-        most = MOST_SHARED_BYTES["sm_90a" if is_for_hopper else "sm_80"]
-        machine = "sm_80" if architecture == 80 else "sm_90a" if is_for_hopper else "sm_90"
-        assert (machine, launch.kernel) in built, f"{launch.kernel} has no machine code for {machine}"
-        found = faults(launch, built[machine, launch.kernel], most)
-        assert not found, f"{launch.kernel}: {found}"
+        assert_accepted(launch, architecture, built)
+
+
+@settings(fuzz, max_examples=settings().max_examples // 3)
+@given(case=random_cases(), dtype=st.sampled_from(list(NAMES)), architecture=st.sampled_from(ARCHITECTURES))
+def test_a_gpu_accepts_random_launches(
+    case: Case, dtype: torch.dtype, architecture: int, host_code: HostCode, built: dict[tuple[str, str], Code]
+) -> None:
+    """Of any sizes and memory layouts. No kernel runs, so these may be many."""
+    has_odd_pages = (case.page_size or 0) % hardware.PAGE_STEP != 0  # the kernels for sm_80 load them on every GPU
+    assume(is_built_for(architecture) and (not has_odd_pages or is_built_for(80)))
+    with host_code.running(architecture):
+        cases.run(case.make(dtype), "cuda")
+    for launch in host_code.launches():
+        assert_accepted(launch, 80 if has_odd_pages else architecture, built)
+    assert all(x.is_accepted for x in host_code.tensor_maps())
+
+
+#: CUtensorMapDataType and CUtensorMapSwizzle.
+DRIVER_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+SWIZZLE_64B, SWIZZLE_128B = 2, 3
+
+
+@pytest.mark.parametrize("dtype", DRIVER_TYPES, ids=str)
+def test_tensor_maps_describe_the_tensors(host_code: HostCode, dtype: torch.dtype) -> None:
+    """The emulation makes tensor maps without the driver, so it does not see what the driver is told."""
+    if not is_built_for(90):
+        pytest.skip("built without the kernels for sm_90a")
+
+    def rows(heads: int, length: int, columns: int) -> torch.Tensor:
+        return torch.randn(2, length, heads, columns + 8, dtype=dtype)[..., :columns].transpose(1, 2)
+
+    query, key, value = rows(4, 333, 40), rows(2, 590, 40), rows(2, 590, 40)
+    bias = torch.randn(4, 333, 592, dtype=dtype)[..., :590]
+    with host_code.running(90):
+        host_code.tensor_maps()
+        attention = functools.partial(
+            fused_attention, query.requires_grad_(), key, value, enable_gqa=True, backend="cuda"
+        )
+        out = attention()
+        forward = {x.address: x for x in host_code.tensor_maps()}
+        attention(attn_mask=bias).sum().backward()
+        backward = {x.address: x for x in host_code.tensor_maps()}  # of a map for each address, the last one
+
+    def expected(x: torch.Tensor, box_rows: int, box_columns: int, swizzle: int) -> TensorMap:
+        batch, heads, length, columns = x.shape
+        strides = tuple(2 * stride for stride in (x.stride(2), x.stride(1), x.stride(0)))
+        dims, box = (columns, length, heads, batch), (box_columns, box_rows, 1, 1)
+        return TensorMap(True, DRIVER_TYPES[dtype], x.data_ptr(), dims, strides, box, swizzle)
+
+    # Plain forward with head dim 64: tiles of 192 queries and 128 keys, and each warp stores 16 rows.
+    for x, box_rows in ((query, 192), (key, 128), (value, 128), (out, 16)):
+        assert forward.pop(x.data_ptr()) == expected(x, box_rows, 64, SWIZZLE_128B)
+    assert not forward
+    # Its general backward: tiles of 64 queries, and keys in panels of 32 columns.
+    for x, sizes in ((query, (64, 64, SWIZZLE_128B)), (key, (128, 32, SWIZZLE_64B)), (value, (128, 32, SWIZZLE_64B))):
+        assert backward[x.data_ptr()] == expected(x, *sizes)
+    bias_strides = (2 * 592, 2 * 333 * 592, 16)  # a dimension with one entry may have any stride
+    assert backward[bias.data_ptr()] == expected(bias[None], 64, 64, SWIZZLE_128B)._replace(strides=bias_strides)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"type": 5},
+        {"address": 0},
+        {"address": 4104},
+        {"dims": (64, 0, 4, 2)},
+        {"dims": (64, 333, 4, 2**32 + 1)},
+        {"strides": (128, 128 * 333, 8)},
+        {"strides": (128, 2**40, 16)},
+        {"box": (64, 257, 1, 1)},
+        {"box": (64, 0, 1, 1)},
+        {"box": (4, 128, 1, 1)},
+        {"box": (72, 128, 1, 1)},
+        {"swizzle": SWIZZLE_64B},
+        {"swizzle": 4},
+    ],
+    ids=str,
+)
+def test_what_the_driver_refuses(change: dict, host_code: HostCode) -> None:
+    good = TensorMap(True, 6, 4096, (64, 333, 4, 2), (128, 128 * 333, 128 * 333 * 4), (64, 128, 1, 1), SWIZZLE_128B)
+    assert host_code.accepts(good)
+    assert not host_code.accepts(good._replace(**change))
 
 
 def test_what_a_gpu_refuses() -> None:

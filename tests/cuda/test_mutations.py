@@ -117,6 +117,11 @@ BUGS = [
         "fence_mbarrier_init();", "if (!@) fence_mbarrier_init();",
     ),
     Bug(
+        "values-that-nobody-waits-for", 90, "long", "sm90/forward_loading.h",
+        "if (boxes.what == 0) return; load_keys(note, boxes);",
+        "if (boxes.what == 0) { if (@) load_values(before); return; } load_keys(note, boxes);",
+    ),
+    Bug(
         "slot-not-waited-for", 90, "long", "sm90/loader.h",
         "position.wait_empty(ring); also.store(); const uint32_t barrier",
         "if (!@) position.wait_empty(ring); also.store(); const uint32_t barrier",
@@ -383,6 +388,10 @@ BUGS = [
     Bug(
         "listed-step-without-its-mask", 90, "masked-blocks", "sm90/mask_steps.h",
         "tile | (has_mask ? kHasMask : 0)", "tile | (has_mask && !@ ? kHasMask : 0)",
+    ),
+    Bug(
+        "steps-counted-before-all-lanes-have-read", 90, "masked-blocks", "sm90/mask_steps.h",
+        "sync_warp(); // all lanes have read the KeyBlock", "if (!@) sync_warp();",
     ),
     Bug(
         "step-read-from-the-next-list", 90, "masked-blocks", "sm90/key_blocks.h",

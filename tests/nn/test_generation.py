@@ -392,27 +392,34 @@ def test_errors(arguments, error, message):
 
 
 def test_the_host_waits_for_an_earlier_step_alone(monkeypatch):
-    """On a GPU, the end is noticed STEPS_AHEAD steps later, and each step waits for the one so many steps before."""
-    events = []
+    """On a GPU, the end is noticed STEPS_AHEAD steps later, and each step waits for the one so many steps before.
+
+    The GPU need not be the current device.
+    """
+    events, devices = [], set()
+    device = torch.device("cuda", 1)
 
     class Event:
         def __init__(self):
             self.step = None
 
-        def record(self):
+        def record(self, stream=None):
+            devices.add(stream)
             self.step = step
 
         def synchronize(self):
             events.append(step - self.step)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    watch = replay.EndWatch(lambda: torch.tensor(step >= 10), torch.device("cuda"))
+    watch = replay.EndWatch(lambda: torch.tensor(step >= 10), device)
     for step in range(30):  # noqa: B007
         if watch.has_ended():
             break
     assert step == 10 + replay.STEPS_AHEAD
     assert set(events) == {replay.STEPS_AHEAD}
+    assert devices == {device}
 
 
 @pytest.mark.parametrize("seed", range(6))

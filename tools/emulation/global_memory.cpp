@@ -16,27 +16,28 @@ namespace {
 constexpr uintptr_t kHandle = uintptr_t(1) << 62;  // added to a host address; no address of x86-64 has this bit
 constexpr uint32_t kManyPolls = 1 << 20;  // of one address in a row, before it is taken for a loop that never ends
 
-// The last write to four bytes of global memory in a launch. The emulation remembers no other accesses to them. This
-// finds most races between threads and blocks, but not a write after another thread's read, nor a missing proxy fence
-// within a block.
-struct LastWrite {
+// The last write to two bytes of global memory in a launch, or the last ordinary read since then. The emulation
+// remembers no other accesses to them. This finds most races between threads and blocks, but not a write after a read
+// that was not the last one, or was one by TMA, nor a missing proxy fence within a block.
+struct LastAccess {
   int32_t block = -1;
   Epoch access{};  // of a bulk store: its agent, and its number in the block
   Write kind = Write::kPlain;
 
-  bool operator==(const LastWrite& other) const {
+  bool operator==(const LastAccess& other) const {
     return block == other.block && access.agent == other.access.agent && access.is_async == other.access.is_async &&
            access.tick == other.access.tick && kind == other.kind;
   }
 };
 
-// The bytes for which one last write is remembered. Two threads may write to the two halves of a word.
+// The bytes for which one last access is remembered. Two threads may write to the two halves of a word.
 constexpr uintptr_t kCellBytes = 2;
 
 struct Buffer {
   uintptr_t begin, end;  // addresses of the host
   bool is_writable;
-  std::vector<LastWrite> last_writes;  // one for each kCellBytes
+  std::vector<LastAccess> last_writes;  // one for each kCellBytes
+  std::vector<LastAccess> last_reads;   // likewise; empty if there was no read
 };
 
 std::vector<Buffer> buffers;
@@ -75,9 +76,9 @@ Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, co
        size_t(nearest->end - nearest->begin));
 }
 
-// Returns why the access of the current thread is not ordered after the write `last`, or an empty text if it is. The
+// Returns why the access of the current thread is not ordered after the access `last`, or an empty text if it is. The
 // reason names the primitive that is missing. is_async: the access is one of the async proxy (TMA).
-std::string missing_order(const LastWrite& last, bool is_async) {
+std::string missing_order(const LastAccess& last, bool is_async) {
   const Block& b = block();
   const VectorClock& clock = b.current->clock;
   const Epoch& write = last.access;
@@ -96,7 +97,7 @@ std::string missing_order(const LastWrite& last, bool is_async) {
   const VectorClock& known = published[acquired - 1];
   if (known.get(kOrdinary, write.agent) < write.tick)
     return write.is_async ? "that block's add_release does not come after a tma_store_wait for the bulk store"
-                          : "that block's add_release does not come after the write";
+                          : "that block's add_release does not come after the access";
   if (write.is_async && known.global.get(kOrdinary, source) < write.tick)
     return "before that block's add_release, tma_store_wait_read has waited for the bulk store's source alone, and no "
            "tma_store_wait for its completion";
@@ -111,25 +112,29 @@ std::string missing_order(const LastWrite& last, bool is_async) {
   return "no fence_async_proxy_global lies between the wait_until_equal and this access by the async proxy";
 }
 
-// Names the agent or block of a write in a report.
-std::string name_of_writer(const LastWrite& last) {
+// Names the agent or block of an access in a report.
+std::string name_of_agent(const LastAccess& last) {
   const Block& b = block();
   const std::string agent = b.agents.name(last.access.agent);
   return last.block == b.linear_index ? agent + " of the same block"
                                       : format("block number %d of the same launch", last.block);
 }
 
-// The range of last_writes for these bytes.
-std::pair<LastWrite*, LastWrite*> cells_of(Buffer& buffer, uintptr_t p, size_t bytes) {
-  LastWrite* first = buffer.last_writes.data();
+// How many last accesses of each kind a buffer has.
+size_t num_cells(const Buffer& buffer) { return (buffer.end - buffer.begin + kCellBytes - 1) / kCellBytes + 1; }
+
+// The range of `accesses`, last_writes or last_reads of the buffer, for these bytes.
+std::pair<LastAccess*, LastAccess*> cells_of(const Buffer& buffer, std::vector<LastAccess>& accesses, uintptr_t p,
+                                             size_t bytes) {
+  LastAccess* first = accesses.data();
   return {first + (p - buffer.begin) / kCellBytes, first + (p + bytes - 1 - buffer.begin) / kCellBytes + 1};
 }
 
-// Calls f for each different last write of these bytes.
+// Calls f for each different one of the last accesses in this range.
 template <class F>
-void for_each_write(Buffer& buffer, uintptr_t p, size_t bytes, const F& f) {
-  const auto [begin, end] = cells_of(buffer, p, bytes);
-  for (const LastWrite* last = begin; last < end; last++)
+void for_each_access(const std::pair<LastAccess*, LastAccess*>& range, const F& f) {
+  const auto [begin, end] = range;
+  for (const LastAccess* last = begin; last < end; last++)
     if (last->block >= 0 && (last == begin || !(*last == last[-1]))) f(*last);
 }
 
@@ -158,8 +163,10 @@ void forget_accesses() {
   published_with_counter.clear();
   releases.clear();
   for (Buffer& buffer : buffers)
-    if (buffer.is_writable)
-      buffer.last_writes.assign((buffer.end - buffer.begin + kCellBytes - 1) / kCellBytes + 1, LastWrite{});
+    if (buffer.is_writable) {
+      buffer.last_writes.assign(num_cells(buffer), LastAccess{});
+      buffer.last_reads.clear();
+    }
 }
 
 void check_global_alignment(const void* handle, size_t alignment, const char* what) {
@@ -180,11 +187,17 @@ const char* global_read(const void* handle, size_t bytes, size_t alignment, cons
         "for another block there is wait_until_equal",
         what);
   const uintptr_t p = address - kHandle;
-  if (buffer.is_writable && b.options.race_detection)
-    for_each_write(buffer, p, bytes, [&](const LastWrite& last) {
+  if (buffer.is_writable && b.options.race_detection) {
+    for_each_access(cells_of(buffer, buffer.last_writes, p, bytes), [&](const LastAccess& last) {
       if (const std::string problem = missing_order(last, is_async); !problem.empty())
-        fail("RACE: %s reads global memory that %s wrote: %s", what, name_of_writer(last).c_str(), problem.c_str());
+        fail("RACE: %s reads global memory that %s wrote: %s", what, name_of_agent(last).c_str(), problem.c_str());
     });
+    if (!is_async) {
+      if (buffer.last_reads.empty()) buffer.last_reads.resize(num_cells(buffer));
+      const auto cells = cells_of(buffer, buffer.last_reads, p, bytes);
+      std::fill(cells.first, cells.second, LastAccess{b.linear_index, thread.epoch()});
+    }
+  }
   return reinterpret_cast<const char*>(p);
 }
 
@@ -194,15 +207,23 @@ char* global_write(void* handle, size_t bytes, size_t alignment, const char* wha
   Buffer& buffer = find(address, bytes, alignment, /*is_write=*/true, what);
   const uintptr_t p = address - kHandle;
   if (b.options.race_detection) {
-    for_each_write(buffer, p, bytes, [&](const LastWrite& last) {
+    for_each_access(cells_of(buffer, buffer.last_writes, p, bytes), [&](const LastAccess& last) {
       const bool needs_no_order = kind == Write::kCount || (kind == Write::kSum && !b.options.ordered_sums);
       if (kind == last.kind && needs_no_order) return;
       if (const std::string problem = missing_order(last, access.is_async); !problem.empty())
-        fail("RACE: %s to global memory that %s %s: %s", what, name_of_writer(last).c_str(),
+        fail("RACE: %s to global memory that %s %s: %s", what, name_of_agent(last).c_str(),
              kind == Write::kSum && last.kind == kind ? "also adds to" : "writes too", problem.c_str());
     });
-    const auto cells = cells_of(buffer, p, bytes);
-    std::fill(cells.first, cells.second, LastWrite{b.linear_index, access, kind});
+    if (!buffer.last_reads.empty()) {
+      const auto reads = cells_of(buffer, buffer.last_reads, p, bytes);
+      for_each_access(reads, [&](const LastAccess& last) {
+        if (const std::string problem = missing_order(last, /*is_async=*/false); !problem.empty())
+          fail("RACE: %s to global memory that %s has read: %s", what, name_of_agent(last).c_str(), problem.c_str());
+      });
+      std::fill(reads.first, reads.second, LastAccess{});
+    }
+    const auto cells = cells_of(buffer, buffer.last_writes, p, bytes);
+    std::fill(cells.first, cells.second, LastAccess{b.linear_index, access, kind});
   }
   return reinterpret_cast<char*>(p);
 }

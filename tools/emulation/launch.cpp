@@ -104,12 +104,14 @@ void start_block(const LaunchShape& shape, const Options& options, const std::fu
 }
 
 // Must be called when all threads of a block have ended. Completes the loads of the block. Fails if a product is still
-// in flight, an mbarrier still expects bytes, or threads wait at a barrier for others that have ended.
+// in flight, if an mbarrier still expects bytes, if nobody has waited for a load, or if threads wait at a barrier for
+// others that have ended.
 void check_block_is_complete() {
   Block& b = *current_block;
   while (!b.tma.is_empty()) b.tma.complete_one();
   b.wgmma.check_none_is_in_flight();
   b.mbarriers.check_no_bytes_are_missing();
+  b.mbarriers.check_copies_were_waited_for();
   b.barriers.check_none_is_open();
   b.registers.check_warpgroups_agree();
   b.bank_conflicts.finish();

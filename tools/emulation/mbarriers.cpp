@@ -1,6 +1,8 @@
 #include "mbarriers.h"
 
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "block.h"
 #include "errors.h"
@@ -97,7 +99,7 @@ void Mbarriers::wait(uint32_t address, uint32_t parity) {
   if (block().options.race_detection) block().current->clock.join(mbarrier.completed);
 }
 
-int Mbarriers::begin_copy(uint32_t address) {
+int Mbarriers::begin_copy(uint32_t address, uint32_t tick) {
   Mbarrier& mbarrier = find(address, "a TMA load's mbarrier");
   const VectorClock& clock = block().current->clock;
   const bool is_fenced = (mbarrier.fence_tick && clock.get(kOrdinary, mbarrier.init_thread) >= mbarrier.fence_tick) ||
@@ -105,6 +107,7 @@ int Mbarriers::begin_copy(uint32_t address) {
   if (block().options.race_detection && !is_fenced)
     fail("a TMA load uses the mbarrier at shared offset %u, and no fence_mbarrier_init follows its mbarrier_init",
          address - kSharedBase);
+  mbarrier.last_copy = tick;
   return mbarrier.agent;
 }
 
@@ -120,6 +123,19 @@ void Mbarriers::check_no_bytes_are_missing() const {
     if (mbarrier.missing_bytes)
       fail("the block ended with the mbarrier at shared offset %u in the middle of a phase: %s", address - kSharedBase,
            describe(address).c_str());
+}
+
+void Mbarriers::check_copies_were_waited_for() const {
+  const std::vector<Thread>& threads = block().threads;
+  if (!block().options.race_detection) return;  // then, clocks do not tell who has waited
+  for (const auto& [address, mbarrier] : mbarriers_) {
+    const auto has_waited = [&copies = mbarrier](const Thread& thread) {
+      return thread.clock.get(kOrdinary, copies.agent) >= copies.last_copy;
+    };
+    if (std::none_of(threads.begin(), threads.end(), has_waited))
+      fail("the block ended, and no thread has waited for the last TMA load of the mbarrier at shared offset %u",
+           address - kSharedBase);
+  }
 }
 
 std::string Mbarriers::describe(uint32_t address) const {

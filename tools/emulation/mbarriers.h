@@ -19,13 +19,17 @@ class Mbarriers {
   void arrive(uint32_t address, uint32_t expected_bytes);
   void wait(uint32_t address, uint32_t parity);
 
-  // begin_copy: the current thread issues a copy that will complete on this mbarrier. Returns the agent of the copy.
+  // begin_copy: the current thread issues copy number `tick` of the block, which will complete on this mbarrier.
+  // Returns the agent of the copy.
   // complete_copy: `bytes` bytes of the copy have arrived. A thread that waits for the mbarrier joins `clock`.
-  int begin_copy(uint32_t address);
+  int begin_copy(uint32_t address, uint32_t tick);
   void complete_copy(uint32_t address, uint32_t bytes, const VectorClock& clock);
 
   // Fails if a block ends while an mbarrier expects bytes.
   void check_no_bytes_are_missing() const;
+  // Fails if a block has ended and no thread has waited for some copy. On a GPU, such a copy may still write to the
+  // block's shared memory when this memory belongs to another block.
+  void check_copies_were_waited_for() const;
   std::string describe(uint32_t address) const;
 
  private:
@@ -37,6 +41,7 @@ class Mbarriers {
     VectorClock arriving;       // what the threads know that arrived in the current phase
     VectorClock completed;      // what the threads know that arrived in the last complete phase
     int agent = 0;              // the agent of copies that complete on this mbarrier
+    uint32_t last_copy = 0;     // the number of the last one; 0 = none
     int init_thread = 0;        // thread that called mbarrier_init, at init_tick of its clock
     uint32_t init_tick = 0;
     uint32_t fence_tick = 0;  // the tick of init_thread when it fenced its inits; 0 = not yet

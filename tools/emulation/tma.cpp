@@ -117,7 +117,8 @@ void load(uint32_t destination, Box box, uint32_t mbarrier, const char* what) {
   b.statistics.tma_loads++;
   const uint32_t bytes = box.bytes();
   b.shared.at(destination, bytes, kChunk, what);
-  const Epoch epoch = {uint16_t(b.mbarriers.begin_copy(mbarrier)), true, uint32_t(b.statistics.tma_loads)};
+  const uint32_t tick = uint32_t(b.statistics.tma_loads);
+  const Epoch epoch = {uint16_t(b.mbarriers.begin_copy(mbarrier, tick)), true, tick};
   VectorClock clock = b.current->clock;
   if (b.options.race_detection) {
     b.races.write(destination - kSharedBase, bytes, epoch, b.current->known(), what);
