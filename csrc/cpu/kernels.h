@@ -51,13 +51,13 @@ struct LinearParams {
   int64_t rows = 0;
   int64_t in = 0;
   int64_t out = 0;
-  const void* x = nullptr;         // (rows, in)
-  const void* weight = nullptr;    // (out, in)
-  const void* bias = nullptr;      // (out,); null = none
+  const void* x = nullptr;       // (rows, in)
+  const void* weight = nullptr;  // (out, in)
+  const void* bias = nullptr;    // (out,); null = none
   bool relu = false;
   const void* residual = nullptr;  // (rows, out); null = none
   LayerNormParams norm;            // without a weight, there is no norm
-  void* y = nullptr;  // (rows, out)
+  void* y = nullptr;               // (rows, out)
   int32_t num_threads = 1;
 };
 

@@ -230,7 +230,8 @@ PyObject* linear(PyObject* const* args, Py_ssize_t count) {
 const char kFinishRowsDoc[] =
     "finish_rows(x, bias, relu, residual, norm_weight, norm_bias, norm_eps, out, num_threads)\n\n"
     "Does in one pass what follows the product x (..., E) of a linear layer: writes norm(residual + x + bias) to\n"
-    "out. bias (E,), residual (..., E), norm_weight (E,) and norm_bias (E,) may be None. Without norm_weight, there is\n"
+    "out. bias (E,), residual (..., E), norm_weight (E,) and norm_bias (E,) may be None. Without norm_weight, there "
+    "is\n"
     "no norm. If relu is true, negative elements of x + bias become 0. out may be x. All tensors must have one dtype\n"
     "and be contiguous.";
 
