@@ -1,5 +1,7 @@
 """Which of torch's modes surround a call: tracers, compilers, transforms, and modes written in Python.
 
+`autocast` also does what one of them asks for.
+
 Every call asks these questions, so the answers must be fast:
 
 - The functions with private names answer in 50 ns. torch has no public ones that are as fast.

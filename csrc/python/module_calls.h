@@ -1,4 +1,5 @@
-// The functions that compute modules for few rows on the CPU: attention modules, linear layers, and dropout.
+// The functions that compute parts of layers on the CPU: attention modules and linear layers for few rows, what follows
+// a linear layer for any rows, and dropout.
 #pragma once
 #include <cmath>
 #include <limits>

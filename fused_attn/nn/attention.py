@@ -18,7 +18,7 @@ from fused_attn.api import fused_attention, fused_attention_paged, fused_attenti
 from fused_attn.attention import checks, jagged
 from fused_attn.attention.causal_bias import causal_bias_offset
 from fused_attn.attention.dropout import draw_seed
-from fused_attn.nn import native_linear, small_inference
+from fused_attn.nn import native_attention, native_linear
 from fused_attn.nn.arguments import (
     accepts_cache,
     batch_layout,
@@ -310,7 +310,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         """
         # Some calls leave early. fx records the whole call as one node, because it cannot trace the branches below.
         # Nested tensors have no common length. For small inputs, and for a step of decoding, the Python code below
-        # takes longer than a kernel, so one native function computes the whole module.
+        # takes longer than a kernel, so `native_attention` does without most of that code.
         if has_torch_function_variadic(query, key, value):
             options = {} if cache is None else {"cache": cache}
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
@@ -335,15 +335,15 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             is_believed = is_causal and type(attn_mask) is Tensor and key_padding_mask is None
             is_skipping = self.skip_padded_queries and key_padding_mask is not None
             if (is_believed or attn_mask is None) and not is_skipping:
-                short = small_inference.self_attention(self, query, key_padding_mask, is_causal)
-                if short is not None:
-                    return short.run(), None
+                call = native_attention.self_attention(self, query, key_padding_mask, is_causal)
+                if call is not None:
+                    return call.run(), None
         arguments = (key_padding_mask, attn_mask, is_causal, average_attn_weights if need_weights else None)
         if cache is None:
             return self._dense_forward(query, key, value, *arguments)
         self._check_cache(query, key, cache, key_padding_mask, need_weights, attn_mask, is_causal)
         if attn_mask is None and not need_weights:
-            step = small_inference.attention_step(self, query, key, key_padding_mask, is_causal, is_self, cache)
+            step = native_attention.attention_step(self, query, key, key_padding_mask, is_causal, is_self, cache)
             if step is not None:
                 return step.run(), None
         with restoring((cache,)):

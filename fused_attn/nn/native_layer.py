@@ -1,7 +1,8 @@
-"""The parts of an encoder or decoder layer for few rows: each module with its residual connection and layer norm.
+"""The parts of an encoder or decoder layer without gradients on a CPU: modules with residual connection and layer norm.
 
 With few rows, calling the operators one by one takes longer than the arithmetic. Here, an attention with all that
-surrounds it is one native call, and a feed-forward block is two. This is for calls without gradients on a CPU.
+surrounds it is one native call, and a feed-forward block is two. With many rows, torch multiplies, and a native call
+does all that follows a product in one pass over the rows.
 
 Each function returns what computes a part of the layer, and computes nothing itself. A layer runs the parts at once.
 `record` keeps those of a whole decoder. A generation runs them for every token, without asking again what may run.
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch._C import _get_tracing_state
 
 from fused_attn import modes
-from fused_attn.nn import native_linear, small_inference
+from fused_attn.nn import native_attention, native_linear
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.native_call import NativeCall
 from fused_attn.nn.plain import does_nothing, is_called_plainly, is_plain_linear, is_plain_norm
@@ -117,11 +118,12 @@ def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
         return None
     source = torch.empty_like(x) if layer.norm_first else x
     is_relu = activation is F.relu
-    expand = native_linear.native_call(first, source, relu=is_relu)
+    expand = native_linear.native_call(first, source, takes_many=not layer.training, relu=is_relu)
     if expand is None:
         return None
     hidden = expand.out
-    contract = native_linear.native_call(last, hidden, residual=x, norm=None if layer.norm_first else norm)
+    last_norm = None if layer.norm_first else norm
+    contract = native_linear.native_call(last, hidden, takes_many=not layer.training, residual=x, norm=last_norm)
     if contract is None:
         return None
     normalise = (lambda: source.copy_(norm(x)),) if layer.norm_first else ()
@@ -129,10 +131,10 @@ def feed_forward(layer: Layer, x: Tensor) -> Steps | None:
     return Steps((*normalise, expand.run, *activate, contract.run), contract.out)
 
 
-def add_and_normalise(x: Tensor, y: Tensor, norm: Any) -> NativeCall | None:
-    """Computes ``norm(x + y)``, where y is what a block of a layer has computed. The layer need not be plain."""
-    # Even a size that is read is in the graph of a tracer, so the modes come first.
-    if torch.is_grad_enabled() or not modes.is_direct() or not is_plain_norm(norm, x):
+def add_and_normalise(layer: nn.Module, x: Tensor, y: Tensor, norm: Any) -> NativeCall | None:
+    """Computes ``norm(x + y)``, where y is what a block of the layer has computed. The layer need not be plain."""
+    # Even a size that is read is in the graph of a tracer, so the modes come before the norm.
+    if torch.is_grad_enabled() or layer.training or not x.is_cpu or not modes.is_direct() or not is_plain_norm(norm, x):
         return None
     return native_linear.add_and_normalise(x, y, norm)
 
@@ -238,9 +240,13 @@ def _attention(
     around = {"norm": norm, "norm_first": layer.norm_first}
     call: Any
     if cache is not None:
-        call = small_inference.attention_step(module, x, key, key_padding_mask, is_causal, key is x, cache, **around)
-    elif key is not x or (module.skip_padded_queries and key_padding_mask is not None):
+        call = native_attention.attention_step(module, x, key, key_padding_mask, is_causal, key is x, cache, **around)
+    elif (
+        key is not x
+        or (module.skip_padded_queries and key_padding_mask is not None)
+        or (layer.training and not native_attention.is_small(module, x))
+    ):
         return None
     else:
-        call = small_inference.self_attention(module, x, key_padding_mask, is_causal, **around)
+        call = native_attention.self_attention(module, x, key_padding_mask, is_causal, **around)
     return None if call is None else Steps((call.run,), call.out)

@@ -11,7 +11,6 @@ together with all else that has to be done to each row.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -53,20 +52,21 @@ def native_call(
     module: nn.Module,
     x: Tensor,
     *,
+    takes_many: bool,
     relu: bool = False,
     residual: Tensor | None = None,
     norm: nn.LayerNorm | None = None,
 ) -> NativeCall | None:
     """Computes ``norm(residual + relu(module(x)))``, without what is None or off. None if no native call can do that.
 
-    In training mode, many rows are left to torch. There, a checkpoint may compute a layer without gradients first, and
-    with gradients later. The results should not differ by a rounding.
+    takes_many: whether x may have many rows. For a layer in training mode, it may not: a checkpoint may compute a layer
+        without gradients first, and with gradients later. The results should not differ by a rounding.
 
     The caller has ruled out gradients, a module that is not plain, and a norm that the native call cannot compute.
     """
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     assert weight is not None
-    if not _takes(x, weight, bias, takes_many=not module.training):
+    if not _takes(x, weight, bias, takes_many=takes_many):
         return None
     if residual is not None and not _is_plain_result(residual, x.dtype, (*x.shape[:-1], weight.shape[0])):
         return None
@@ -76,12 +76,10 @@ def native_call(
 def add_and_normalise(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> NativeCall | None:
     """Computes ``norm(x + y)``. None if no native call can compute it.
 
-    The caller has ruled out gradients, torch's modes, and a norm that the native call cannot compute. As in
-    `native_call`, training mode is left to torch.
+    The caller has ruled out gradients, training mode, torch's modes, and a norm that the native call cannot compute.
     """
     if (
         _C is None
-        or norm.training
         or not _is_plain_result(x, x.dtype, x.shape)
         or not _is_plain_result(y, x.dtype, x.shape)
         or x.dtype not in DTYPES
@@ -129,13 +127,18 @@ def linear_call(
     rest = relu, residual, *norm_arguments(norm), out
     if _has_few_rows(x, weight):
         return NativeCall("linear[cpu]", _C.linear, (x, weight, bias, *rest), out)
-    factors, products = (x.flatten(0, -2), weight.t()), out.flatten(0, -2)
-    if bias is None or x.dtype in DTYPES_OF_PRODUCTS:
-        multiply = functools.partial(torch.mm, *factors, out=products)
-    else:
-        multiply = functools.partial(torch.addmm, bias, *factors, out=products)
-        bias = None
-    return NativeCall("finish_rows[cpu]", _C.finish_rows, (out, bias, *rest), out, before=multiply)
+    rows, products = x.flatten(0, -2), out.flatten(0, -2)
+    added = None if x.dtype in DTYPES_OF_PRODUCTS else bias  # by torch
+
+    def multiply() -> None:
+        factor = weight.t()  # anew each time, for a parameter may get other memory between two runs
+        if added is None:
+            torch.mm(rows, factor, out=products)
+        else:
+            torch.addmm(added, rows, factor, out=products)
+
+    last = bias if added is None else None
+    return NativeCall("finish_rows[cpu]", _C.finish_rows, (out, last, *rest), out, before=multiply)
 
 
 def _has_few_rows(x: Tensor, weight: Tensor) -> bool:
@@ -180,7 +183,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, takes_many: bool) -> 
         and x.is_contiguous()
         and weight.layout is torch.strided
         and weight.is_contiguous()
-        and (bias is None or (is_plain_vector(bias, x.dtype) and bias.numel() == weight.shape[0]))
+        and (bias is None or (is_plain_vector(bias, x.dtype) and bias.shape == weight.shape[:1]))
         and not (x.is_neg() or weight.is_neg())
         and not modes.is_any_autocast_enabled()
         and modes.is_direct()

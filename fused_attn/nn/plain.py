@@ -57,7 +57,8 @@ def is_plain_norm(norm: Any, x: Tensor) -> bool:
     return (
         norm.normalized_shape == x.shape[-1:]
         and is_plain_vector(weight, x.dtype)
-        and (bias is None or is_plain_vector(bias, x.dtype))
+        and weight.shape == x.shape[-1:]
+        and (bias is None or (is_plain_vector(bias, x.dtype) and bias.shape == x.shape[-1:]))
     )
 
 
@@ -65,7 +66,7 @@ def is_plain_vector(x: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether native calls can read a bias, or a parameter of a norm."""
     if x is None or type(x) not in (Tensor, nn.Parameter):
         return False
-    return x.dtype == dtype and x.is_cpu and x.is_contiguous() and not x.is_neg()
+    return x.dtype == dtype and x.is_cpu and x.layout is torch.strided and x.is_contiguous() and not x.is_neg()
 
 
 def does_nothing(dropout: nn.Module | None) -> bool:

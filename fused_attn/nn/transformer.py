@@ -729,7 +729,7 @@ def _residual(layer: Any, x: Tensor, norm: nn.Module, block: Callable[[Tensor], 
     if layer.norm_first:
         return x + block(norm(x))
     y = block(x)
-    step = native_layer.add_and_normalise(x, y, norm)
+    step = native_layer.add_and_normalise(layer, x, y, norm)
     return step.run() if step else norm(x + y)
 
 

@@ -22,7 +22,7 @@ TESTS = FOLDER.parent
         ),
         pytest.param(["backends/cpu/test_isa.py", "-k", "few or decoding or slabs or finite"], id="few-queries"),
         pytest.param(
-            ["nn/test_small_inference.py", "nn/test_native_linear.py", "nn/test_decoder_step.py"], id="modules"
+            ["nn/test_native_attention.py", "nn/test_native_linear.py", "nn/test_decoder_step.py"], id="modules"
         ),
         pytest.param(["nn/test_element_dropout.py", "-k", "kernel or layers"], id="dropout"),
     ],

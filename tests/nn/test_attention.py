@@ -322,9 +322,9 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self._call = attention_module.fused_attention
         # The native call for small modules does not call `fused_attention`, so it is switched off.
-        monkeypatch.setattr(attention_module.small_inference, "is_small", lambda *args: False)
+        monkeypatch.setattr(attention_module.native_attention, "is_small", lambda *args: False)
         monkeypatch.setattr(attention_module, "fused_attention", self)
-        monkeypatch.setattr(attention_module.small_inference, "fused_attention", self)
+        monkeypatch.setattr(attention_module.native_attention, "fused_attention", self)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **kwargs: Any) -> Any:
         self.query, self.key, self.value, self.attn_mask, self.kwargs = query, key, value, attn_mask, kwargs

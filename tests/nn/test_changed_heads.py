@@ -89,12 +89,13 @@ def test_numbers_that_do_not_fit(options, num_heads: int, message: str, has_grad
         module(X, X, X, need_weights=False)
 
 
+@pytest.mark.parametrize("x", [X, torch.randn(8, 1000, 16)], ids=["small", "large"])
 @pytest.mark.parametrize("has_gradients", [True, False])
-def test_a_number_that_does_not_fit_in_a_layer(has_gradients: bool) -> None:
+def test_a_number_that_does_not_fit_in_a_layer(has_gradients: bool, x: Tensor) -> None:
     layer = TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
     layer.self_attn.num_heads = 3
     with torch.set_grad_enabled(has_gradients), pytest.raises(ValueError, match="num_heads: expected a divisor of"):
-        layer(X)
+        layer(x)
 
 
 def test_what_follows_from_num_heads_is_not_set_alone() -> None:

@@ -16,9 +16,9 @@ from fused_attn.nn import (
     CrossAttentionCache,
     StaticKVCache,
     StaticSelfAttentionCache,
+    native_attention,
     native_layer,
     native_linear,
-    small_inference,
 )
 from fused_attn.nn.cache import LayerCache, SlidingKVCache
 from tests.nn.native_calls import count_calls
@@ -32,14 +32,14 @@ E, HEADS = 24, 3
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets an entry with each native call of an attention module."""
-    return count_calls(monkeypatch, small_inference, "attention_step")
+    return count_calls(monkeypatch, native_attention, "attention_step")
 
 
 @contextlib.contextmanager
 def general_way() -> Iterator[None]:
     """No native call stands for an attention module, or for more than a linear layer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small_inference, "attention_step", lambda *args, **options: None)
+        patch.setattr(native_attention, "attention_step", lambda *args, **options: None)
         patch.setattr(native_layer, "feed_forward", lambda *args: None)
         yield
 
@@ -102,9 +102,9 @@ def test_the_norm_of_any_number_of_features(features: int) -> None:
     module = nn.Linear(3, features)
     x, residual = torch.randn(4, 3), 100 + torch.randn(4, features)
     with torch.no_grad():
-        found = native_linear.native_call(module, x, residual=residual, norm=norm).run()
+        found = native_linear.native_call(module, x, takes_many=False, residual=residual, norm=norm).run()
         torch.testing.assert_close(found, norm(residual + module(x)), rtol=1e-4, atol=1e-4)
-        found = native_linear.native_call(module, x, residual=residual).run()
+        found = native_linear.native_call(module, x, takes_many=False, residual=residual).run()
         torch.testing.assert_close(found, residual + module(x))
 
 
@@ -117,7 +117,7 @@ def test_the_norm_of_rows_with_a_large_mean(spread: float, features: int) -> Non
     with torch.no_grad():
         module.weight.zero_()
         module.bias.zero_()
-        found = native_linear.native_call(module, torch.randn(1, 3), residual=row, norm=norm).run()
+        found = native_linear.native_call(module, torch.randn(1, 3), takes_many=False, residual=row, norm=norm).run()
         exact = nn.functional.layer_norm(row.double(), (features,), eps=norm.eps)
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 

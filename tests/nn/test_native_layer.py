@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fused_attn import FusedMultiheadAttention, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 from fused_attn.backends import cpu
-from fused_attn.nn import native_layer, native_linear, small_inference
+from fused_attn.nn import native_attention, native_layer, native_linear
 from tests.nn.native_calls import count_calls
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the native extension is not built")
@@ -25,7 +25,7 @@ E, HEADS = 32, 4
 @pytest.fixture
 def attentions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets an entry with each native call of an attention module."""
-    return count_calls(monkeypatch, small_inference, "self_attention")
+    return count_calls(monkeypatch, native_attention, "self_attention")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def general_way() -> Iterator[None]:
     """No native call stands for an attention module, or for more than a linear layer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small_inference, "self_attention", lambda *args, **options: None)
+        patch.setattr(native_attention, "self_attention", lambda *args, **options: None)
         patch.setattr(native_layer, "feed_forward", lambda *args: None)
         patch.setattr(native_layer, "add_and_normalise", lambda *args: None)
         yield

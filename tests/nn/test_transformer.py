@@ -187,10 +187,10 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return run(query, key, value, attn_mask, **kwargs)
 
     # The native call for small modules does not call `fused_attention`, so it is switched off. For larger ones,
-    # `small_inference` calls that.
-    monkeypatch.setattr(attention_module.small_inference, "is_small", lambda *args: False)
+    # `native_attention` calls that.
+    monkeypatch.setattr(attention_module.native_attention, "is_small", lambda *args: False)
     monkeypatch.setattr(attention_module, "fused_attention", counting)
-    monkeypatch.setattr(attention_module.small_inference, "fused_attention", counting)
+    monkeypatch.setattr(attention_module.native_attention, "fused_attention", counting)
     return calls
 
 

@@ -81,13 +81,13 @@ Buffer& find(uintptr_t handle, size_t bytes, size_t alignment, bool is_write, co
 std::string missing_order(const LastAccess& last, bool is_async) {
   const Block& b = block();
   const VectorClock& clock = b.current->clock;
-  const Epoch& write = last.access;
-  const int source = GlobalClock::own_bulk_stores(write.agent);
+  const Epoch& access = last.access;
+  const int source = GlobalClock::own_bulk_stores(access.agent);
   if (last.block == b.linear_index) {
-    if (write.is_async)
-      return clock.global.get(kOrdinary, source) >= write.tick ? ""
-                                                               : "no tma_store_wait for that bulk store comes before";
-    return write.agent == b.current->index || clock.get(kOrdinary, write.agent) >= write.tick
+    if (access.is_async)
+      return clock.global.get(kOrdinary, source) >= access.tick ? ""
+                                                                : "no tma_store_wait for that bulk store comes before";
+    return access.agent == b.current->index || clock.get(kOrdinary, access.agent) >= access.tick
                ? ""
                : "nothing orders the two threads";
   }
@@ -95,19 +95,19 @@ std::string missing_order(const LastAccess& last, bool is_async) {
   if (acquired == 0) return "no add_release of that block has been acquired by a wait_until_equal";
   const std::vector<VectorClock>& published = releases[last.block];
   const VectorClock& known = published[acquired - 1];
-  if (known.get(kOrdinary, write.agent) < write.tick)
-    return write.is_async ? "that block's add_release does not come after a tma_store_wait for the bulk store"
-                          : "that block's add_release does not come after the access";
-  if (write.is_async && known.global.get(kOrdinary, source) < write.tick)
+  if (known.get(kOrdinary, access.agent) < access.tick)
+    return access.is_async ? "that block's add_release does not come after a tma_store_wait for the bulk store"
+                           : "that block's add_release does not come after the access";
+  if (access.is_async && known.global.get(kOrdinary, source) < access.tick)
     return "before that block's add_release, tma_store_wait_read has waited for the bulk store's source alone, and no "
            "tma_store_wait for its completion";
-  if (write.is_async && known.global.get(kFenced, source) < write.tick)
+  if (access.is_async && known.global.get(kFenced, source) < access.tick)
     return "no fence_async_proxy_global lies between that block's tma_store_wait and its add_release";
   if (!is_async) return "";
   const uint32_t fenced = clock.global.get(kFenced, last.block);
   const VectorClock* visible = fenced ? &published[fenced - 1] : nullptr;
   if (visible &&
-      (write.is_async ? visible->global.get(kFenced, source) : visible->get(kOrdinary, write.agent)) >= write.tick)
+      (access.is_async ? visible->global.get(kFenced, source) : visible->get(kOrdinary, access.agent)) >= access.tick)
     return "";
   return "no fence_async_proxy_global lies between the wait_until_equal and this access by the async proxy";
 }

@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 from fused_attn import FusedMultiheadAttention
 from fused_attn.backends import cpu
-from fused_attn.nn import small_inference
+from fused_attn.nn import native_attention
 from tests.nn.native_calls import count_calls
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the native extension is not built")
@@ -20,7 +20,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, tor
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets an entry with each native call."""
-    return count_calls(monkeypatch, small_inference, "self_attention")
+    return count_calls(monkeypatch, native_attention, "self_attention")
 
 
 def attend(module: nn.Module, x: Tensor, has_gradients: bool = False, **masks) -> Tensor:

@@ -25,7 +25,7 @@ from fused_attn.nn.plain import is_plain_linear
 from fused_attn.nn.self_attention_cache import StaticSelfAttentionCache
 
 #: With more rows than `native_linear.most_rows`, the largest number of multiply-adds in the projections for which
-#: `self_attention` makes the native call. Up to this size, the native call takes at most 0.96 of the time that
+#: `self_attention` makes one native call. Up to this size, the native call takes at most 0.96 of the time that
 #: `FusedMultiheadAttention.forward` takes without the native call. This was measured on one core and on two. With few
 #: rows, the native call takes a third of the time.
 MOST_PRODUCTS = 4_000_000
@@ -58,10 +58,14 @@ def self_attention(
         return None
     out_proj: Any = module._modules["out_proj"]
     parameters, out_parameters = module._parameters, out_proj._parameters
+    has_parts = not is_small(module, x)
+    if has_parts and (module.training or module.embed_dim % module.num_heads or module.num_heads % module._group_size):
+        return (
+            None  # `native_linear.native_call` says why training is left out. The module names heads that do not fit.
+        )
     out = torch.empty_like(x)
-    if not is_small(module, x):
-        # In training mode, many rows are left to torch. `native_linear.native_call` says why.
-        return None if module.training else CallOfParts(module, x, key_padding_mask, is_causal, norm, norm_first, out)
+    if has_parts:
+        return CallOfParts(module, x, key_padding_mask, is_causal, norm, norm_first, out)
     arguments = (
         x, parameters["in_proj_weight"], parameters["in_proj_bias"], out_parameters["weight"], out_parameters["bias"],
         out, module.num_heads, key_padding_mask, is_causal, *norm_arguments(norm), norm_first,
@@ -72,7 +76,7 @@ def self_attention(
 class CallOfParts(NamedTuple):
     """The call of a module for more rows: the projections, the attention, and the projection of its result to `out`.
 
-    The fields are the arguments of `self_attention`.
+    The fields but `out` are the arguments of `self_attention`.
     """
 
     module: nn.MultiheadAttention
