@@ -256,6 +256,31 @@ def test_a_layer_of_many_rows(activation, norm_first, native):
     assert native == ["finish_rows"] * (2 if norm_first else 3)  # those of the feed-forward block, and a residual
 
 
+@pytest.mark.parametrize("frozen", [None, "norm1", "linear2", "self_attn"])
+def test_a_layer_of_many_rows_in_training(frozen):
+    """A checkpoint computes the layer without gradients first. The bits are those of the call with gradients."""
+    layer = TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    if frozen is not None:
+        layer.get_submodule(frozen).eval()
+    x = torch.randn(4, 300, 64)
+    with torch.no_grad():
+        out = layer(x)
+    assert torch.equal(out, layer(x))
+
+
+@torch.no_grad()
+def test_parameters_of_other_shapes_are_left_to_torch():
+    """torch broadcasts a bias of one row."""
+    layer = TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    layer.linear1.bias = nn.Parameter(layer.linear1.bias[None])
+    with torch.enable_grad():
+        expected = layer(torch.ones(4, 300, 64))
+    torch.testing.assert_close(layer(torch.ones(4, 300, 64)), expected)
+    layer.norm2.weight = nn.Parameter(torch.ones(1, 64))
+    with pytest.raises(RuntimeError, match="Expected weight to be of same shape"):  # torch's error
+        layer(torch.ones(4, 300, 64))
+
+
 # ---- Tiles of AMX
 
 
