@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser, quick: str, is_timed: bool = 
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes (float32 on a CPU, bfloat16 on a GPU)")
     if is_timed:
         parser.add_argument("--rounds", type=whole, help="rounds for each case, at most")
-        parser.add_argument("--seconds", type=float, help="time for each case, roughly")
+        parser.add_argument("--seconds", type=duration, help="time for each case, roughly")
     parser.add_argument("--threads", type=whole, help="CPU threads (torch's choice)")
-    parser.add_argument("--minutes", type=float, help="time after which no other case is begun (no limit)")
+    parser.add_argument("--minutes", type=duration, help="time after which no other case is begun (no limit)")
     parser.add_argument("--resume", action="store_true", help="leave out the cases that --out has rows of")
     parser.add_argument("--commit", help="the commit that rows name, where the source tree has no git history")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one row per case and implementation")
@@ -44,6 +45,17 @@ def whole(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return number
+
+
+def duration(text: str) -> float:
+    """A number of at least 0, for the argument ``type`` of argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return number
 
 

@@ -659,6 +659,14 @@ def test_sizes_are_at_least_one(option: str, capsys: pytest.CaptureFixture) -> N
         assert f"{option}: expected a whole number of at least 1, got '{size}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--seconds", "--minutes"])
+def test_durations_are_at_least_zero(option: str, capsys: pytest.CaptureFixture) -> None:
+    for number in ("-1", "nan", "inf", "long"):
+        with pytest.raises(SystemExit):
+            __main__.main(["attention", f"{option}={number}"])
+        assert f"{option}: expected a number of at least 0, got '{number}'" in capsys.readouterr().err
+
+
 # ---- Clocks
 
 
