@@ -44,23 +44,6 @@ struct AttentionModuleParams {
   void* out = nullptr;               // (B, L, E)
 };
 
-// The arguments of a linear layer for few rows: y = norm(residual + relu(x . weight^T + bias)), without what is not
-// given. All tensors are contiguous.
-struct LinearParams {
-  DType dtype = DType::kFloat32;
-  int64_t rows = 0;
-  int64_t in = 0;
-  int64_t out = 0;
-  const void* x = nullptr;       // (rows, in)
-  const void* weight = nullptr;  // (out, in)
-  const void* bias = nullptr;    // (out,); null = none
-  bool relu = false;
-  const void* residual = nullptr;  // (rows, out); null = none
-  LayerNormParams norm;            // without a weight, there is no norm
-  void* y = nullptr;               // (rows, out)
-  int32_t num_threads = 1;
-};
-
 // The arguments of what follows the product x of a linear layer: out = norm(residual + relu(x + bias)), without what is
 // not given. All tensors are contiguous. out may be x.
 struct FinishParams {
@@ -74,6 +57,15 @@ struct FinishParams {
   LayerNormParams norm;            // without a weight, there is no norm
   void* out = nullptr;             // (rows, features)
   int32_t num_threads = 1;
+};
+
+// The arguments of a linear layer for few rows: out = norm(residual + relu(x . weight^T + bias)), without what is not
+// given. All tensors are contiguous.
+struct LinearParams {
+  FinishParams finish;  // all but x, since the product is written to out
+  int64_t in = 0;
+  const void* x = nullptr;       // (rows, in)
+  const void* weight = nullptr;  // (features, in)
 };
 
 // The arguments of dropout: out = x * scale where the random number of an element is at least the threshold, and x * 0

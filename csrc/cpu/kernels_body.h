@@ -36,7 +36,7 @@ void attention_module(const AttentionModuleParams& m) {
 }
 
 void linear(const LinearParams& p) {
-  p.dtype == DType::kBFloat16 ? linear_with_policy<AmxDecodePolicy>(p) : kernels_avx512.linear(p);
+  p.finish.dtype == DType::kBFloat16 ? linear_with_policy<AmxDecodePolicy>(p) : kernels_avx512.linear(p);
 }
 
 // Tiles do not help with these.
@@ -64,7 +64,7 @@ void attention_module(const AttentionModuleParams& m) {
 }
 
 void linear(const LinearParams& p) {
-  p.dtype == DType::kBFloat16 ? linear_with_policy<BFloat16Policy>(p) : kernels_avx512.linear(p);
+  p.finish.dtype == DType::kBFloat16 ? linear_with_policy<BFloat16Policy>(p) : kernels_avx512.linear(p);
 }
 
 // AVX512_BF16 would turn denormal numbers into zero.
@@ -98,7 +98,7 @@ void attention_module(const AttentionModuleParams& m) {
 }
 
 void linear(const LinearParams& p) {
-  with_policy(p.dtype, [&](auto policy) { linear_with_policy<decltype(policy)>(p); });
+  with_policy(p.finish.dtype, [&](auto policy) { linear_with_policy<decltype(policy)>(p); });
 }
 
 void finish_rows(const FinishParams& p) {

@@ -58,16 +58,12 @@ void linear_with_policy(const LinearParams& p) {
   using Lane = typename Policy::Lane;
   using Storage = typename Policy::Storage;
   const auto data = [](const void* pointer) { return static_cast<const Storage*>(pointer); };
-  Storage* const y = static_cast<Storage*>(p.y);
-  project<Policy>(data(p.x), p.rows, p.in, data(p.weight), data(p.bias), p.out, p.num_threads, y);
-  FinishParams finish;
-  finish.rows = p.rows;
-  finish.features = p.out;
-  finish.x = finish.out = y;
-  finish.relu = p.relu;
-  finish.residual = p.residual;
-  finish.norm = p.norm;
-  finish.num_threads = p.num_threads;
+  FinishParams finish = p.finish;
+  Storage* const out = static_cast<Storage*>(finish.out);
+  project<Policy>(data(p.x), finish.rows, p.in, data(p.weight), data(finish.bias), finish.features, finish.num_threads,
+                  out);
+  finish.x = out;
+  finish.bias = nullptr;  // is in the product already
   finish_rows<Lane, Storage>(finish);
 }
 

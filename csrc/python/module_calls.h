@@ -176,6 +176,45 @@ PyObject* attention_step(PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// The shape (..., E) of rows. Checks that they are contiguous floating-point numbers.
+std::vector<int64_t> shape_of_rows(const Argument& x) {
+  if (x.tensor.ndim == 0) x.fail("at least 1 dimension", "0");
+  x.check_float();
+  x.check_contiguous();
+  return {x.tensor.shape, x.tensor.shape + x.tensor.ndim};
+}
+
+// The arguments of what follows the product of a linear layer.
+struct FinishArguments {
+  PyObject *bias, *relu, *residual;
+  NormArguments norm;
+  PyObject *out, *num_threads;
+
+  // shape: that of the product, (..., E)
+  cpu::FinishParams read(ElementType type, const std::vector<int64_t>& shape) const {
+    cpu::FinishParams p;
+    p.dtype = kernel_dtype(type);
+    p.features = shape.back();
+    p.rows = 1;
+    for (size_t dim = 0; dim + 1 < shape.size(); ++dim) p.rows *= shape[dim];
+    p.bias = checked_contiguous(kReader.optional(bias, "bias"), type, {p.features});
+    p.relu = read_bool(relu);
+    const Argument target = kReader.required(out, "out");
+    target.check_type(type);
+    target.check_shape(shape.data(), static_cast<int>(shape.size()));
+    target.check_contiguous();
+    p.out = target.data();
+    if (const Argument added = kReader.optional(residual, "residual"); added.given) {
+      added.check_like(target);
+      added.check_contiguous();
+      p.residual = added.data();
+    }
+    p.norm = norm.read(type, p.features);
+    p.num_threads = thread_count(num_threads);
+    return p;
+  }
+};
+
 const char kLinearDoc[] =
     "linear(x, weight, bias, relu, residual, norm_weight, norm_bias, norm_eps, out, num_threads)\n\n"
     "Writes x . weight^T + bias to out, for few rows: x (..., in), weight (out, in), bias (out,) or None, out\n"
@@ -185,45 +224,24 @@ const char kLinearDoc[] =
 
 PyObject* linear(PyObject* const* args, Py_ssize_t count) {
   struct Arguments {
-    PyObject *x, *weight, *bias, *relu, *residual;
-    NormArguments norm;
-    PyObject *out, *num_threads;
+    PyObject *x, *weight;
+    FinishArguments finish;
   };
   const auto a = arguments_of<Arguments>(args, count, kLinearDoc);
   const Argument x = kReader.required(a.x, "x");
   const Argument weight = kReader.required(a.weight, "weight");
-  const int last = x.tensor.ndim - 1;
-  if (last < 0) x.fail("at least 1 dimension", "0");
-  x.check_float();
+  std::vector<int64_t> shape = shape_of_rows(x);
   weight.check_ndim(2);
   cpu::LinearParams p;
-  p.dtype = kernel_dtype(x.type);
-  p.rows = 1;
-  for (int dim = 0; dim < last; ++dim) p.rows *= x.size(dim);
-  p.in = x.size(last);
-  p.out = weight.size(0);
+  p.in = shape.back();
   constexpr int64_t kMostFeatures = std::numeric_limits<int32_t>::max();
   if (p.in > kMostFeatures) x.fail("at most " + std::to_string(kMostFeatures) + " columns", std::to_string(p.in));
-  x.check_contiguous();
+  shape.back() = weight.size(0);
   p.x = x.data();
-  p.weight = checked_contiguous(weight, x.type, {p.out, p.in});
-  p.bias = checked_contiguous(kReader.optional(a.bias, "bias"), x.type, {p.out});
-  p.relu = read_bool(a.relu);
-  p.norm = a.norm.read(x.type, p.out);
-  const Argument out = kReader.required(a.out, "out");
-  std::vector<int64_t> shape(x.tensor.shape, x.tensor.shape + last);
-  shape.push_back(p.out);
-  out.check_type(x.type);
-  out.check_shape(shape.data(), last + 1);
-  out.check_contiguous();
-  p.y = out.data();
-  if (const Argument residual = kReader.optional(a.residual, "residual"); residual.given) {
-    residual.check_like(out);
-    residual.check_contiguous();
-    p.residual = residual.data();
-  }
-  p.num_threads = thread_count(a.num_threads);
-  const double work = static_cast<double>(p.rows) * static_cast<double>(p.in) * static_cast<double>(p.out);
+  p.weight = checked_contiguous(weight, x.type, {shape.back(), p.in});
+  p.finish = a.finish.read(x.type, shape);
+  const double work =
+      static_cast<double>(p.finish.rows) * static_cast<double>(p.in) * static_cast<double>(shape.back());
   run_kernel(work, [&] { cpu::kernels().linear(p); });
   Py_RETURN_NONE;
 }
@@ -238,34 +256,14 @@ const char kFinishRowsDoc[] =
 
 PyObject* finish_rows(PyObject* const* args, Py_ssize_t count) {
   struct Arguments {
-    PyObject *x, *bias, *relu, *residual;
-    NormArguments norm;
-    PyObject *out, *num_threads;
+    PyObject* x;
+    FinishArguments finish;
   };
   const auto a = arguments_of<Arguments>(args, count, kFinishRowsDoc);
-  const Argument x = kReader.required(a.x, "x"), out = kReader.required(a.out, "out");
-  const int last = x.tensor.ndim - 1;
-  if (last < 0) x.fail("at least 1 dimension", "0");
-  x.check_float();
-  x.check_contiguous();
-  out.check_like(x);
-  out.check_contiguous();
-  cpu::FinishParams p;
-  p.dtype = kernel_dtype(x.type);
-  p.features = x.size(last);
-  p.rows = 1;
-  for (int dim = 0; dim < last; ++dim) p.rows *= x.size(dim);
+  const Argument x = kReader.required(a.x, "x");
+  const std::vector<int64_t> shape = shape_of_rows(x);
+  cpu::FinishParams p = a.finish.read(x.type, shape);
   p.x = x.data();
-  p.out = out.data();
-  p.bias = checked_contiguous(kReader.optional(a.bias, "bias"), x.type, {p.features});
-  p.relu = read_bool(a.relu);
-  if (const Argument residual = kReader.optional(a.residual, "residual"); residual.given) {
-    residual.check_like(x);
-    residual.check_contiguous();
-    p.residual = residual.data();
-  }
-  p.norm = a.norm.read(x.type, p.features);
-  p.num_threads = thread_count(a.num_threads);
   run_kernel(static_cast<double>(p.rows) * static_cast<double>(p.features), [&] { cpu::kernels().finish_rows(p); });
   Py_RETURN_NONE;
 }
