@@ -2,7 +2,7 @@
 
 from fused_attn import subinterpreters  # noqa: F401  before torch is imported
 from fused_attn.api import explain, fused_attention, fused_attention_paged, fused_attention_varlen
-from fused_attn.attention.key_ranges import key_ranges_of
+from fused_attn.attention.key_ranges import key_ranges_of, key_ranges_of_segments
 from fused_attn.attention.relative_bias import alibi_bias, t5_relative_bias
 from fused_attn.installation import info
 from fused_attn.nn import (
@@ -38,5 +38,6 @@ __all__ = [
     "fused_attention_varlen",
     "info",
     "key_ranges_of",
+    "key_ranges_of_segments",
     "t5_relative_bias",
 ]

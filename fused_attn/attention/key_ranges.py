@@ -1,11 +1,49 @@
-"""The argument `key_ranges` for a mask that exists as a bool tensor."""
+"""The argument `key_ranges` for a bool mask, and for documents that stand one after another in a row."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fused_attn.attention.checks import fail
+from fused_attn.attention.checks import check_tensor, fail
+
+
+def key_ranges_of_segments(segment_ids: Tensor) -> Tensor:
+    """The `key_ranges` of packed documents: each token sees the tokens of its own document.
+
+    A document is a run of equal ids. Two runs with the same id are two documents. Nothing waits for a GPU, and the
+    memory is O(L).
+
+    Args:
+        segment_ids: (..., L) integers, the document of each token.
+
+    Returns:
+        (..., L, 1, 2) int32. (N, L, 1, 2) is what `FusedMultiheadAttention` and the layers take. `fused_attention` has
+        a dimension for the heads: ``key_ranges_of_segments(ids)[:, None]``.
+
+    Raises:
+        TypeError, ValueError: segment_ids is no tensor of integers, or has no dimension.
+
+    >>> import torch
+    >>> from fused_attn import key_ranges_of_segments
+    >>> key_ranges_of_segments(torch.tensor([7, 7, 7, 8, 8])).tolist()
+    [[[0, 3]], [[0, 3]], [[0, 3]], [[3, 5]], [[3, 5]]]
+    """
+    check_tensor("segment_ids", segment_ids)
+    if segment_ids.is_floating_point() or segment_ids.is_complex():
+        raise TypeError(f"segment_ids: expected integers, got {segment_ids.dtype}")
+    if not segment_ids.dim():
+        raise fail("segment_ids", "shape (..., L)", "a tensor without dimensions")
+    length = segment_ids.shape[-1]
+    is_first = segment_ids.new_ones(segment_ids.shape, dtype=torch.bool)
+    is_first[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
+    position = torch.arange(length, device=segment_ids.device, dtype=torch.int32)
+    begin = position.where(is_first, 0).cummax(-1).values
+    # The end of a token's document is the first token of a later document, or the length.
+    next_begin = torch.full_like(begin, length)
+    next_begin[..., :-1] = position.where(is_first, length)[..., 1:]
+    end = next_begin.flip(-1).cummin(-1).values.flip(-1)
+    return torch.stack([begin, end], dim=-1).unsqueeze(-2)
 
 
 def key_ranges_of(mask: Tensor) -> Tensor:
@@ -35,8 +73,7 @@ def key_ranges_of(mask: Tensor) -> Tensor:
             [[1, 3],
              [0, 0]]], dtype=torch.int32)
     """
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a torch.Tensor, got {type(mask).__name__}")
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
     if mask.dim() < 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,25 +14,30 @@ from fused_attn.attention import checks
 from fused_attn.backends.dispatch import BACKEND_NAMES
 
 
-def accepts_cache(method: Callable) -> bool:
-    """Whether a method takes the keyword ``cache``. Methods with torch's own signature do not.
+def accepts(method: Callable, keyword: str) -> bool:
+    """Whether a method takes a keyword, such as ``cache``. Methods with torch's own signature take none of ours.
 
     The answer for a method of a class is remembered. An answer for another callable is not, because the memory would
     keep the callable alive, and with it a module.
     """
     function = getattr(method, "__func__", None)
     if function is None or torch.compiler.is_compiling():
-        return _has_cache_parameter(method)
-    return _remembered_cache_parameter(function)
+        return _has_parameter(method, keyword)
+    return _remembered_parameter(function, keyword)
 
 
-def _has_cache_parameter(function: Callable) -> bool:
-    """Whether a function takes the keyword ``cache``, by name or among ``**kwargs``."""
+def _has_parameter(function: Callable, keyword: str) -> bool:
+    """Whether a function takes a keyword, by name or among ``**kwargs``."""
     parameters = inspect.signature(function).parameters
-    return "cache" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return keyword in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
 
-_remembered_cache_parameter = functools.lru_cache(maxsize=256)(_has_cache_parameter)
+_remembered_parameter = functools.lru_cache(maxsize=256)(_has_parameter)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None. Methods with torch's own signature can be called with what is left."""
+    return {name: option for name, option in options.items() if option is not None}
 
 
 def batch_layout(batch_first: bool) -> str:

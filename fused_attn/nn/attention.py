@@ -20,14 +20,22 @@ from fused_attn.attention.causal_bias import causal_bias_offset
 from fused_attn.attention.dropout import draw_seed
 from fused_attn.nn import native_attention, native_linear
 from fused_attn.nn.arguments import (
-    accepts_cache,
+    accepts,
     batch_layout,
     check_backend,
     check_divides,
     check_mask_dtype,
     check_sizes,
+    given,
 )
-from fused_attn.nn.attention_mask import Mask, believed_mask, cached_mask, mask_above, without_padded_queries
+from fused_attn.nn.attention_mask import (
+    Mask,
+    believed_mask,
+    cached_mask,
+    mask_above,
+    ranges_of_heads,
+    without_padded_queries,
+)
 from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCache, paged_hint
 from fused_attn.nn.plain import FORWARDS
 from fused_attn.nn.positions import RotaryEmbedding
@@ -262,6 +270,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
+        key_ranges: Tensor | None = None,
         cache: AttentionCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `query` over `key` and `value`, all of the dtype of the module unless autocast is on.
@@ -280,6 +289,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 attn_mask is not read, unless weights are wanted or a key_padding_mask is given. Without an attn_mask,
                 is_causal=True means the causal mask itself. The parent class raises there. This class raises only if
                 weights are wanted.
+            key_ranges: (L, R, 2), (N, L, R, 2) or (N, H, L, R, 2) int32, where N and H may be 1. A query sees only
+                keys of its R ranges, see `fused_attention`. The batch comes first with either batch_first. With
+                is_causal or a mask, a query sees the keys that both show. Like a mask, the ranges do not hide the rows
+                of add_bias_kv and add_zero_attn. A `CrossAttentionCache` goes with ranges, and no other cache.
             cache: the keys and values of earlier calls.
                 A `SelfAttentionCache` makes the call causal: query i has the position ``cache.position + i`` and sees
                 all rows up to its own. key_padding_mask then covers all rows so far. With a `StaticSelfAttentionCache`,
@@ -292,7 +305,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         Two kinds of nested tensors (N, length, E) are accepted:
 
         - ``layout=torch.jagged``, for query, key and value, if batch_first is set. is_causal=True then means the causal
-          mask. need_weights must be False. Masks, caches and rotary embeddings are refused.
+          mask. need_weights must be False. Masks, ranges, caches and rotary embeddings are refused.
         - ``layout=torch.strided``, if one tensor is query, key and value. torch's own encoder makes such a tensor of a
           padded one in eval mode. The module may have any options.
 
@@ -306,13 +319,14 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             RuntimeError: a size, dtype or device does not fit, as in the parent class.
             TypeError: query, key, value or a mask is no tensor, a flag is no bool, or `cache` is not the cache of an
                 attention module.
-            ValueError: the cache does not fit the call, or a `CrossAttentionCache` was filled with another `key`.
+            ValueError: the cache or key_ranges does not fit the call, or a `CrossAttentionCache` was filled with
+                another `key`.
         """
         # Some calls leave early. fx records the whole call as one node, because it cannot trace the branches below.
         # Nested tensors have no common length. For small inputs, and for a step of decoding, the Python code below
         # takes longer than a kernel, so `native_attention` does without most of that code.
         if has_torch_function_variadic(query, key, value):
-            options = {} if cache is None else {"cache": cache}
+            options = given(key_ranges=key_ranges, cache=cache)
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             node = call_node(self, query, key, value, *masks, **options)
             if node is not None:
@@ -325,24 +339,29 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             self._check_heads()
         if jagged.is_nested(query, key, value):
             is_strided = query is key and key is value and query.layout == torch.strided
-            self._check_nested(key_padding_mask, need_weights, attn_mask, cache, is_strided)
+            self._check_nested(key_padding_mask, need_weights, attn_mask, key_ranges, cache, is_strided)
             if is_strided:
                 return self._strided_forward(query, is_causal), None
             return self._nested_forward(query, key, value, is_causal), None
         self._check_inputs(query, key, value, key_padding_mask, attn_mask)
         is_self = query is key and key is value
-        if is_self and cache is None and not (need_weights or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        is_bare = is_self and cache is None and key_ranges is None and not need_weights
+        if is_bare and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             is_believed = is_causal and type(attn_mask) is Tensor and key_padding_mask is None
             is_skipping = self.skip_padded_queries and key_padding_mask is not None
             if (is_believed or attn_mask is None) and not is_skipping:
                 call = native_attention.self_attention(self, query, key_padding_mask, is_causal)
                 if call is not None:
                     return call.run(), None
-        arguments = (key_padding_mask, attn_mask, is_causal, average_attn_weights if need_weights else None)
+        if key_ranges is not None:
+            key_ranges = ranges_of_heads(key_ranges, query, self.num_heads, self.batch_first)
+        arguments = (key_padding_mask, attn_mask, is_causal, average_attn_weights if need_weights else None, key_ranges)
         if cache is None:
             return self._dense_forward(query, key, value, *arguments)
         self._check_cache(query, key, cache, key_padding_mask, need_weights, attn_mask, is_causal)
-        if attn_mask is None and not need_weights:
+        if key_ranges is not None and not cache.is_filled_once:
+            raise checks.fail("key_ranges", "None with a self-attention cache", "a tensor")
+        if attn_mask is None and key_ranges is None and not need_weights:
             step = native_attention.attention_step(self, query, key, key_padding_mask, is_causal, is_self, cache)
             if step is not None:
                 return step.run(), None
@@ -358,11 +377,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
         average_weights: bool | None,
+        key_ranges: Tensor | None,
         cache: AttentionCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The results of `forward` for dense tensors, with arguments that have been checked.
 
-        average_weights is None if no weights are wanted.
+        average_weights: None if no weights are wanted
+        key_ranges: what `ranges_of_heads` returns
         """
         need_weights = average_weights is not None
         is_batched = query.dim() == 3
@@ -374,7 +395,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             return self._merge_heads(self._paged_attention(rows.q, rows.cached), seq_dim, is_batched), None
         mask = self._mask_of_call(rows, key_padding_mask, attn_mask, is_causal, need_weights)
         skips_padding = self.skip_padded_queries and query is key and cache is None and not need_weights
-        out, weights = self._attention(rows, mask, key_padding_mask, average_weights, skips_padding)
+        out, weights = self._attention(rows, mask, key_padding_mask, key_ranges, average_weights, skips_padding)
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)
         return self._merge_heads(out, seq_dim, is_batched), weights
@@ -445,6 +466,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         rows: _Rows,
         mask: Mask,
         key_padding_mask: Tensor | None,
+        key_ranges: Tensor | None,
         average_weights: bool | None,
         skips_padding: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -457,6 +479,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         need_weights = average_weights is not None
         arguments: dict[str, Any] = {
             "key_padding_mask": self._padded(key_padding_mask),
+            "key_ranges": self._padded_ranges(key_ranges, rows.k.shape[2]),
             "dropout_p": self.dropout if self.training else 0.0,
             "scale": 1.0 / math.sqrt(self.head_dim),
         }
@@ -533,15 +556,18 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         out, _ = self.forward(padded, padded, padded, is_padding, need_weights=False, is_causal=is_causal)
         return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths, strict=True)])
 
-    def _check_nested(self, key_padding_mask, need_weights: bool, attn_mask, cache, is_strided: bool) -> None:
+    def _check_nested(
+        self, key_padding_mask, need_weights: bool, attn_mask, key_ranges, cache, is_strided: bool
+    ) -> None:
         """Raises ValueError if an argument or an option needs dense tensors."""
-        for name, given in (
+        for name, argument in (
             ("key_padding_mask", key_padding_mask),
             ("attn_mask", attn_mask),
+            ("key_ranges", key_ranges),
             ("cache", cache),
         ):
-            if given is not None:
-                raise checks.fail(name, "None with nested tensors", f"a {type(given).__name__}")
+            if argument is not None:
+                raise checks.fail(name, "None with nested tensors", f"a {type(argument).__name__}")
         if need_weights:
             raise checks.fail("need_weights", "False with nested tensors, whose weights have no common shape", "True")
         for option, is_set in (
@@ -791,6 +817,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             rows.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
         return torch.cat(rows, dim=2) if len(rows) > 1 else x
 
+    #: Whether `key_ranges` may be passed.
+    takes_key_ranges = True
+
     #: Whether is_causal=True without a mask is the causal mask. Wrappers of the module (checkpoint, compile) pass this
     #: attribute on.
     takes_is_causal = True
@@ -798,7 +827,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     @property
     def takes_cache(self) -> bool:
         """Whether a cache may be passed to forward."""
-        return not self._num_appended and accepts_cache(self.forward)
+        return not self._num_appended and accepts(self.forward, "cache")
 
     @property
     def _num_appended(self) -> int:
@@ -856,6 +885,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         row.
         """
         return F.pad(mask, (0, self._num_appended)) if mask is not None and self._num_appended else mask
+
+    def _padded_ranges(self, key_ranges: Tensor | None, seqlen_k: int) -> Tensor | None:
+        """Ranges (..., R, 2) of S keys, with a further range of the rows that `_append_rows` appends to the keys."""
+        if key_ranges is None or not self._num_appended:
+            return key_ranges
+        appended = key_ranges.new_tensor([seqlen_k, seqlen_k + self._num_appended])
+        return torch.cat([key_ranges, appended.expand(*key_ranges.shape[:-2], 1, 2)], dim=-2)
 
     def _drop_kv_rows(self) -> None:
         """Removes rows of the parameters, so that keys and values have `num_kv_heads` heads instead of `num_heads`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -81,6 +81,18 @@ def check_decoder_masks(
         memory_key_padding_mask=memory_key_padding_mask,
     )  # fmt: skip
     checks.check_flag("memory_is_causal", memory_is_causal)
+
+
+def check_takes_ranges(layers: Iterable[nn.Module], **ranges: Tensor) -> None:
+    """Raises ValueError if ranges of keys are given, and a layer takes none. ranges: by the names of the arguments
+
+    Raises TypeError if ranges are no tensor.
+    """
+    checks.check_tensors(**ranges)
+    for name in ranges:
+        for layer in layers:
+            if not getattr(layer, "takes_key_ranges", False):
+                raise checks.fail(name, f"None, since {type(layer).__name__} takes no ranges", "a tensor")
 
 
 def check_memory(

@@ -4,16 +4,17 @@ These are thin subclasses. Parameters, feed-forward blocks and initialisation ar
 differ:
 
 - Attention always runs on the fused kernel. There is no inference fast path, and there are no nested tensors.
-- Bool masks stay bool, so that the kernel can skip padding.
+- Bool masks stay bool, so that the kernel can skip padding. Ranges of keys take the place of a mask (L, S).
 - Decoders take a cache.
 
 A stack passes plain tensors to its layers, because hooks, checkpoints and mixed precision handle tensors. If the
-contents of a mask turn out to be causal, the stack may pass None and is_causal=True in its place. Two attributes of a
+contents of a mask turn out to be causal, the stack may pass None and is_causal=True in its place. Three attributes of a
 layer say what the stack may pass:
 
 - ``takes_is_causal``: is_causal=True without a mask. All layers of the stack must have this attribute set. Otherwise
   they all get what torch's own stacks pass.
 - ``takes_cache``: a cache.
+- ``takes_key_ranges``: ranges of keys.
 
 Wrappers of a layer pass these attributes on.
 """
@@ -33,7 +34,7 @@ from torch.overrides import has_torch_function_variadic
 from fused_attn import modes
 from fused_attn.attention import checks
 from fused_attn.nn import element_dropout, native_layer, native_linear
-from fused_attn.nn.arguments import accepts_cache, batch_layout, check_backend, check_sizes
+from fused_attn.nn.arguments import accepts, batch_layout, check_backend, check_sizes, given
 from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention, keep_fast_path_off
 from fused_attn.nn.layer_checks import (
     check_compared,
@@ -43,6 +44,7 @@ from fused_attn.nn.layer_checks import (
     check_memory,
     check_module,
     check_stack,
+    check_takes_ranges,
 )
 from fused_attn.nn.paged_self_attention import paged_hint
 from fused_attn.nn.plain import FORWARDS, is_called_plainly, is_plain_linear
@@ -106,6 +108,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
+        *,
+        src_key_ranges: Tensor | None = None,
     ) -> Tensor:
         """The layer's output, laid out as src: (S, N, E), or (N, S, E) with batch_first, or (S, E).
 
@@ -115,29 +119,36 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             src_key_padding_mask: (N, S) or (S,). Bool: True = ignore the key. Floating point: added to the scores.
             is_causal: a hint that src_mask is the causal mask, see `FusedMultiheadAttention`. Without a src_mask,
                 is_causal=True means the causal mask itself.
+            src_key_ranges: (S, R, 2), (N, S, R, 2) or (N, nhead, S, R, 2) int32, the R ranges of keys that a query
+                sees, see `fused_attention`. The batch comes first with either batch_first.
 
         Raises:
             AssertionError, RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
+            ValueError: src_key_ranges does not fit.
         """
         if has_torch_function_variadic(src):
-            node = call_node(self, src, src_mask, src_key_padding_mask, is_causal)
+            options = given(src_key_ranges=src_key_ranges)
+            node = call_node(self, src, src_mask, src_key_padding_mask, is_causal, **options)
             if node is not None:
                 return node
         checks.check_tensor("src", src)
-        checks.check_tensors(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
+        checks.check_tensors(
+            src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, src_key_ranges=src_key_ranges
+        )
         checks.check_flag("is_causal", is_causal)
-        masks = src_mask, src_key_padding_mask, is_causal
+        masks, ranges = (src_mask, src_key_padding_mask, is_causal), given(key_ranges=src_key_ranges)
         is_native = native_layer.is_plain(self, ENCODER_BLOCKS)
-        step = native_layer.self_attention(self, src, masks) if is_native else None
-        x = step.run() if step else _residual(self, src, self.norm1, lambda y: self._sa_block(y, *masks))
+        step = native_layer.self_attention(self, src, masks) if is_native and not ranges else None
+        x = step.run() if step else _residual(self, src, self.norm1, lambda y: self._sa_block(y, *masks, **ranges))
         step = native_layer.feed_forward(self, x) if is_native else None
         return step.run() if step else _residual(self, x, self.norm2, self._ff_block)
 
     def _sa_block(
-        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
-    ) -> Tensor:
-        """The self-attention of x, after dropout, in the shape of x."""
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False,
+        *, key_ranges: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The self-attention of x, after dropout, in the shape of x. The parent class has no ranges of keys."""
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, **given(key_ranges=key_ranges)}
         out = self.self_attn(x, x, x, need_weights=False, is_causal=is_causal, **masks)[0]
         return element_dropout.call(self.dropout1, out)
 
@@ -149,6 +160,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def takes_is_causal(self) -> bool:
         """Whether is_causal=True without a mask is the causal mask."""
         return getattr(self.self_attn, "takes_is_causal", False)
+
+    @property
+    def takes_key_ranges(self) -> bool:
+        """Whether src_key_ranges may be passed. The class of the self-attention decides this."""
+        return _takes_ranges(self._sa_block, self.self_attn)
 
 
 ENCODER_BLOCKS = native_layer.blocks_of(TransformerEncoderLayer)
@@ -205,6 +221,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
+        *,
+        src_key_ranges: Tensor | None = None,
     ) -> Tensor:
         """The output of the last layer, laid out as src: (S, N, E), or (N, S, E) with batch_first, or (S, E).
 
@@ -214,13 +232,16 @@ class TransformerEncoder(nn.TransformerEncoder):
             src_key_padding_mask: (N, S) or (S,). Bool: True = ignore the key. Floating point: added to the scores.
             is_causal: a hint that mask is the causal mask. None means: compare the contents of the mask. Without a
                 mask, is_causal=True means the causal mask itself.
+            src_key_ranges: (S, R, 2), (N, S, R, 2) or (N, nhead, S, R, 2) int32, see `TransformerEncoderLayer`.
 
         Raises:
             AssertionError: src is a nested tensor, or src or a mask does not fit.
             RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
+            ValueError: src_key_ranges does not fit, or a layer takes none.
         """
         if has_torch_function_variadic(src):
-            node = call_node(self, src, mask, src_key_padding_mask, is_causal)
+            options = given(src_key_ranges=src_key_ranges)
+            node = call_node(self, src, mask, src_key_padding_mask, is_causal, **options)
             if node is not None:
                 return node
         checks.check_tensor("src", src)
@@ -229,6 +250,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         check_hint("is_causal", is_causal)
         if src.is_nested:
             raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
+        ranges = given(src_key_ranges=src_key_ranges)
+        check_takes_ranges(self.layers, **ranges)
         seqlen = _seqlen(src, self.layers)
         if not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             # Layers of other classes get the masks in the form that the parent class passes.
@@ -236,11 +259,16 @@ class TransformerEncoder(nn.TransformerEncoder):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         mask, is_causal = mask_and_flag(mask, is_causal, src_key_padding_mask, seqlen)
         for layer in self.layers:
-            src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal)
+            src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal, **ranges)
         return src if self.norm is None else self.norm(src)
 
     #: Whether is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True
+
+    @property
+    def takes_key_ranges(self) -> bool:
+        """Whether ranges of keys may be passed. Every layer must take them."""
+        return all(getattr(layer, "takes_key_ranges", False) for layer in self.layers)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -309,6 +337,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
         *,
+        tgt_key_ranges: Tensor | None = None,
+        memory_key_ranges: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """The layer's output, laid out as tgt: (T, N, E), or (N, T, E) with batch_first, or (T, E).
@@ -324,6 +354,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             tgt_is_causal: a hint that tgt_mask is the causal mask, see `FusedMultiheadAttention`. Without a tgt_mask,
                 tgt_is_causal=True means the causal mask itself.
             memory_is_causal: the same hint for memory_mask.
+            tgt_key_ranges: (T, R, 2), (N, T, R, 2) or (N, nhead, T, R, 2) int32, the R ranges of targets that a target
+                sees, see `fused_attention`. The batch comes first with either batch_first. None with a cache.
+            memory_key_ranges: of the same shapes, the ranges of rows of the memory that a target sees.
             cache: the part of a `KVCache` that belongs to this layer, ``cache.layers[i]``. Self-attention is then
                 causal without a tgt_mask. Keys and values of the memory are computed in the first step alone, unless
                 ``multihead_attn`` is of a class that takes no cache.
@@ -331,17 +364,18 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         Raises:
             AssertionError, RuntimeError: tgt, memory or a mask does not fit, see `FusedMultiheadAttention`.
             TypeError: `cache` is not the cache of a layer.
-            ValueError: the cache does not fit the call.
+            ValueError: the cache or the ranges do not fit the call.
         """
         if has_torch_function_variadic(tgt, memory):
             masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
-            options = {} if cache is None else {"cache": cache}
+            options = given(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges, cache=cache)
             node = call_node(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal, **options)
             if node is not None:
                 return node
         checks.check_tensor("tgt", tgt)
         checks.check_tensor("memory", memory)
         check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
+        checks.check_tensors(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
         checks.check_flag("tgt_is_causal", tgt_is_causal)
         if cache is not None and not hasattr(cache, "self_attention"):
             raise TypeError(
@@ -353,17 +387,22 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             check_memory(self, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, cross_cache)
         # A subclass may override _mha_block with torch's signature, which has no cache. So the cache is passed only if
         # the method accepts it.
-        own: dict[str, Any] = {} if cache is None else {"cache": cache.self_attention}
-        cross: dict[str, Any] = {}
-        if cache is not None and accepts_cache(self._mha_block):
-            cross["cache"] = cache.cross_attention
+        own, cross = given(key_ranges=tgt_key_ranges), given(key_ranges=memory_key_ranges)
+        if cache is not None:
+            own["cache"] = cache.self_attention
+            if accepts(self._mha_block, "cache"):
+                cross["cache"] = cache.cross_attention
         own_masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
         cross_masks = memory_mask, memory_key_padding_mask, memory_is_causal
         with contextlib.nullcontext() if cache is None else restoring_layers([cache]):
             is_native = native_layer.is_plain(self, DECODER_BLOCKS)
-            step = native_layer.self_attention(self, tgt, own_masks, own.get("cache")) if is_native else None
+            step = None
+            if is_native and tgt_key_ranges is None:
+                step = native_layer.self_attention(self, tgt, own_masks, own.get("cache"))
             x = step.run() if step else _residual(self, tgt, self.norm1, lambda y: self._sa_block(y, *own_masks, **own))
-            step = native_layer.cross_attention(self, x, memory, cross_masks, cross.get("cache")) if is_native else None
+            step = None
+            if is_native and memory_key_ranges is None:
+                step = native_layer.cross_attention(self, x, memory, cross_masks, cross.get("cache"))
             if step:
                 y = step.run()
             else:
@@ -379,8 +418,13 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     @property
     def takes_cache(self) -> bool:
         """Whether a cache may be passed. The class of the self-attention decides this."""
-        accepts = accepts_cache(self.forward) and accepts_cache(self._sa_block)
-        return accepts and getattr(self.self_attn, "takes_cache", False)
+        is_accepted = accepts(self.forward, "cache") and accepts(self._sa_block, "cache")
+        return is_accepted and getattr(self.self_attn, "takes_cache", False)
+
+    @property
+    def takes_key_ranges(self) -> bool:
+        """Whether ranges of keys may be passed. The classes of the attention modules decide this."""
+        return _takes_ranges(self._sa_block, self.self_attn) and _takes_ranges(self._mha_block, self.multihead_attn)
 
     def _sa_block(
         self,
@@ -389,10 +433,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         key_padding_mask: Tensor | None,
         is_causal: bool = False,
         *,
+        key_ranges: Tensor | None = None,
         cache: AttentionCache | None = None,
     ) -> Tensor:
-        """The self-attention of x, after dropout, in the shape of x. The parent class has no cache."""
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        """The self-attention of x, after dropout, in the shape of x. The parent class has no ranges, no cache."""
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, **given(key_ranges=key_ranges)}
         options: dict[str, Any] = {"is_causal": is_causal}
         if cache is not None:
             options["cache"] = cache
@@ -406,10 +451,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         key_padding_mask: Tensor | None,
         is_causal: bool = False,
         *,
+        key_ranges: Tensor | None = None,
         cache: AttentionCache | None = None,
     ) -> Tensor:
-        """The attention of x over mem, after dropout, in the shape of x. The parent class has no cache."""
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        """The attention of x over mem, after dropout, in the shape of x. The parent class has no ranges, no cache."""
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, **given(key_ranges=key_ranges)}
         options: dict[str, Any] = {"is_causal": is_causal}
         if cache is not None and getattr(self.multihead_attn, "takes_cache", False):
             options["cache"] = cache
@@ -474,6 +520,8 @@ class TransformerDecoder(nn.TransformerDecoder):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
         *,
+        tgt_key_ranges: Tensor | None = None,
+        memory_key_ranges: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """The output of the last layer, laid out as tgt: (T, N, E), or (N, T, E) with batch_first, or (T, E).
@@ -488,12 +536,12 @@ class TransformerDecoder(nn.TransformerDecoder):
         Raises:
             AssertionError, RuntimeError: tgt, memory or a mask does not fit, see `FusedMultiheadAttention`.
             TypeError: the cache is no `KVCache`.
-            ValueError: the cache has another number of layers, a layer takes no cache, or the cache was filled with
-                another memory.
+            ValueError: the cache has another number of layers, the cache was filled with another memory, the ranges do
+                not fit, or a layer takes no cache or no ranges.
         """
         if has_torch_function_variadic(tgt, memory):
             masks = (tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
-            options = {} if cache is None else {"cache": cache}
+            options = given(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges, cache=cache)
             node = call_node(self, tgt, memory, *masks, tgt_is_causal, memory_is_causal, **options)
             if node is not None:
                 return node
@@ -502,6 +550,8 @@ class TransformerDecoder(nn.TransformerDecoder):
         check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
         check_compared("tgt_mask", tgt_mask)
         check_hint("tgt_is_causal", tgt_is_causal)
+        ranges = given(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
+        check_takes_ranges(self.layers, **ranges)
         seqlen = _seqlen(tgt, self.layers)
         if cache is None and not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             tgt_mask = dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt.device)
@@ -529,6 +579,7 @@ class TransformerDecoder(nn.TransformerDecoder):
                     memory_key_padding_mask=memory_key_padding_mask,
                     tgt_is_causal=tgt_is_causal,
                     memory_is_causal=memory_is_causal,
+                    **ranges,
                     **layer_cache,
                 )
             return tgt if self.norm is None else self.norm(tgt)
@@ -589,6 +640,11 @@ class TransformerDecoder(nn.TransformerDecoder):
 
     #: Whether tgt_is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True
+
+    @property
+    def takes_key_ranges(self) -> bool:
+        """Whether ranges of keys may be passed. Every layer must take them."""
+        return all(getattr(layer, "takes_key_ranges", False) for layer in self.layers)
 
     @property
     def takes_cache(self) -> bool:
@@ -677,6 +733,10 @@ class Transformer(nn.Transformer):
         src_is_causal: bool | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        *,
+        src_key_ranges: Tensor | None = None,
+        tgt_key_ranges: Tensor | None = None,
+        memory_key_ranges: Tensor | None = None,
     ) -> Tensor:
         """The decoder's output (T, N, E), or (N, T, E) with batch_first, or (T, E).
 
@@ -690,11 +750,14 @@ class Transformer(nn.Transformer):
             AssertionError: an input or a mask does not fit, see `FusedMultiheadAttention`.
             RuntimeError: src and tgt have different batch sizes, or a hint such as tgt_is_causal=True comes without its
                 mask.
+            ValueError: ranges of keys do not fit, or a layer takes none.
         """
+        of_encoder = given(src_key_ranges=src_key_ranges)
+        of_decoder = given(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
         if has_torch_function_variadic(src, tgt):
             masks = (src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask)
             hints = (memory_key_padding_mask, src_is_causal, tgt_is_causal, memory_is_causal)
-            node = call_node(self, src, tgt, *masks, *hints)
+            node = call_node(self, src, tgt, *masks, *hints, **of_encoder, **of_decoder)
             if node is not None:
                 return node
         checks.check_tensor("tgt", tgt)
@@ -718,10 +781,24 @@ class Transformer(nn.Transformer):
         ):
             if hint and mask is None:
                 raise RuntimeError(f"{name}: expected the causal mask of which is_causal=True is a hint, got None")
-        return super().forward(
-            src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask, tgt_key_padding_mask,
-            memory_key_padding_mask, src_is_causal, tgt_is_causal, memory_is_causal,
+        for name, x in (("src", src), ("tgt", tgt)):
+            if x.shape[-1] != self.d_model:
+                raise RuntimeError(f"{name}: expected d_model={self.d_model} features, got shape {tuple(x.shape)}")
+        check_takes_ranges([self.encoder], **of_encoder)
+        check_takes_ranges([self.decoder], **of_decoder)
+        memory = self.encoder(
+            src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal, **of_encoder
+        )
+        return self.decoder(
+            tgt, memory, tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask, tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal, **of_decoder,
         )  # fmt: skip
+
+
+def _takes_ranges(block: Callable, attention: nn.Module) -> bool:
+    """Whether a block of a layer, which calls this attention module, may get ranges of keys."""
+    return accepts(block, "key_ranges") and getattr(attention, "takes_key_ranges", False)
 
 
 def _residual(layer: Any, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import fused_attn
-from fused_attn import fused_attention, key_ranges_of
+from fused_attn import fused_attention, key_ranges_of, key_ranges_of_segments
 from fused_attn.attention.masks import visible_in_ranges
 
 pytestmark = pytest.mark.quick
@@ -36,10 +36,43 @@ def test_there_are_as_many_ranges_as_the_row_with_most_runs():
     ]
 
 
+@pytest.mark.parametrize("shape", [(9,), (3, 40), (2, 3, 5), (1,), (0,), (4, 0), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool])
+def test_segments_are_runs_of_equal_ids(shape: tuple[int, ...], dtype: torch.dtype):
+    is_new = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    segment = is_new.cumsum(-1)  # no id returns
+    ranges = key_ranges_of_segments((segment % 2).to(dtype))  # neighbours differ, and ids return
+    assert ranges.dtype == torch.int32
+    assert ranges.shape == (*shape, 1, 2)
+    visible = visible_in_ranges(ranges, shape[-1])
+    assert torch.equal(visible, segment[..., :, None] == segment[..., None, :])
+
+
+def test_segments_need_no_synchronisation():
+    ids = torch.tensor([[4, 4, 2], [1, 1, 1]])
+    assert torch.equal(torch.func.vmap(key_ranges_of_segments)(ids), key_ranges_of_segments(ids))
+    compiled = torch.compile(key_ranges_of_segments, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids), key_ranges_of_segments(ids))
+    assert key_ranges_of_segments(ids.to("meta")).shape == (2, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([0, 1], TypeError, "segment_ids: expected a tensor, got list"),
+        (torch.ones(2), TypeError, r"segment_ids: expected integers, got torch\.float32"),
+        (torch.tensor(1), ValueError, r"segment_ids: expected shape \(\.\.\., L\), got a tensor without dimensions"),
+    ],
+)
+def test_what_are_no_segments_is_refused(ids, error: type[Exception], message: str):
+    with pytest.raises(error, match=f"^{message}"):
+        key_ranges_of_segments(ids)
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        ([[True]], TypeError, r"mask: expected a torch\.Tensor, got list"),
+        ([[True]], TypeError, r"mask: expected a tensor, got list"),
         (torch.ones(2, 2), TypeError, r"mask: expected dtype torch\.bool, got torch\.float32"),
         (torch.ones(2, dtype=torch.bool), ValueError, r"mask: expected shape \(\.\.\., L, S\), got shape \(2,\)"),
     ],

@@ -1,0 +1,257 @@
+"""`key_ranges` of attention, layers and stacks: the results of the same mask as a dense tensor."""
+
+import copy
+import re
+
+import pytest
+import torch
+from parity import TIGHT, outcome
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from fused_attn import (
+    FusedMultiheadAttention,
+    KVCache,
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+    convert_attention,
+    key_ranges_of,
+    key_ranges_of_segments,
+)
+
+BATCH, HEADS, LENGTH, WIDTH = 3, 4, 9, 16
+DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 2], [0] * 9])  # (N, L)
+IS_PADDING = torch.arange(LENGTH) >= torch.tensor([[9], [7], [4]])
+
+
+def dense(ranges: Tensor) -> Tensor:
+    """The attn_mask (N * H, L, S) of `FusedMultiheadAttention` that hides what the ranges hide."""
+    key = torch.arange(LENGTH)
+    visible = ((key >= ranges[..., :1]) & (key < ranges[..., 1:])).any(-2)
+    if ranges.dim() == 4:
+        visible = visible[:, None]
+    return visible.expand(BATCH, HEADS, LENGTH, LENGTH).flatten(0, 1).logical_not()
+
+
+def ranges_of(kind: str) -> Tensor:
+    of_entries = key_ranges_of_segments(DOCUMENTS)  # (N, L, 1, 2)
+    if kind == "shared":
+        return of_entries[0]
+    if kind == "each entry":
+        return of_entries
+    if kind == "each head":
+        return key_ranges_of(torch.rand(BATCH, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.5)
+    assert kind == "heads of all entries"
+    return ranges_of("each head")[:1]
+
+
+def x(seed: int, batch_first: bool = True) -> Tensor:
+    rows = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (rows if batch_first else rows.transpose(0, 1).contiguous()).requires_grad_()
+
+
+def attention(**options) -> FusedMultiheadAttention:
+    torch.manual_seed(0)
+    return FusedMultiheadAttention(WIDTH, HEADS, dtype=torch.float64, **{"batch_first": True, **options})
+
+
+def assert_same(module: nn.Module, args: tuple, with_ranges: dict, with_masks: dict) -> None:
+    """Asserts that outputs and gradients are the same. The seed is, too, so that the same weights are dropped."""
+    results = []
+    for arguments in (with_ranges, with_masks):
+        torch.manual_seed(7)
+        results.append(outcome(module, *args, **arguments))
+    torch.testing.assert_close(*results, **TIGHT)
+
+
+@pytest.mark.parametrize("options", (
+    {}, {"batch_first": False}, {"add_bias_kv": True, "add_zero_attn": True}, {"num_kv_heads": 2, "rotary": True},
+    {"dropout": 0.5}, {"skip_padded_queries": True},
+), ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ("shared", "each entry", "each head", "heads of all entries"))
+@pytest.mark.parametrize("call", (
+    {"need_weights": False}, {"need_weights": True}, {"need_weights": True, "average_attn_weights": False},
+    {"need_weights": False, "key_padding_mask": IS_PADDING},
+), ids=("output", "weights", "weights of heads", "padding"))  # fmt: skip
+def test_attention(options, kind, call):
+    module, ranges = attention(**options), ranges_of(kind)
+    if options.get("skip_padded_queries") and kind.startswith(("each head", "heads")):
+        call = {**call, "key_padding_mask": IS_PADDING}
+    rows = x(1, options.get("batch_first", True))
+    assert_same(module, (rows, rows, rows), {**call, "key_ranges": ranges}, {**call, "attn_mask": dense(ranges)})
+
+
+def test_both_the_diagonal_and_the_ranges_hide():
+    ranges, rows = ranges_of("each entry"), x(1)
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    call = {"need_weights": False}
+    masks = {**call, "attn_mask": dense(ranges) | causal}
+    assert_same(attention(), (rows,) * 3, {**call, "is_causal": True, "key_ranges": ranges}, masks)
+    assert_same(attention(), (rows,) * 3, {**call, "attn_mask": causal, "key_ranges": ranges}, masks)
+    floating = torch.randn(LENGTH, LENGTH, dtype=torch.float64)
+    masks = {**call, "attn_mask": floating.masked_fill(dense(ranges), float("-inf"))}
+    assert_same(attention(), (rows,) * 3, {**call, "attn_mask": floating, "key_ranges": ranges}, masks)
+
+
+def test_without_a_batch():
+    ranges, rows, module = ranges_of("shared"), x(1)[0], attention()
+    out, weights = module(rows, rows, rows, key_ranges=ranges)
+    expected = module(rows[None], rows[None], rows[None], key_ranges=ranges)
+    torch.testing.assert_close((out[None], weights[None]), expected)
+
+
+def test_inference_of_small_inputs_reads_the_ranges():
+    # Without gradients, a native call computes the attention of small inputs. It knows no ranges.
+    ranges, module = ranges_of("each entry"), attention().eval().float()
+    rows = x(1).detach().float()
+    with torch.no_grad():
+        out, _ = module(rows, rows, rows, need_weights=False, key_ranges=ranges)
+        expected, _ = module(rows, rows, rows, need_weights=False, attn_mask=dense(ranges))
+        without, _ = module(rows, rows, rows, need_weights=False)
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, without)
+
+
+LAYER = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 24, "batch_first": True, "dtype": torch.float64}
+
+
+@pytest.mark.parametrize("is_training", (True, False), ids=("training", "eval"))
+@pytest.mark.parametrize("norm_first", (False, True), ids=("post-norm", "pre-norm"))
+@pytest.mark.parametrize("in_stack", (False, True), ids=("layer", "stack"))
+def test_encoder(in_stack, norm_first, is_training):
+    torch.manual_seed(0)
+    module = TransformerEncoderLayer(**LAYER, norm_first=norm_first)
+    mask = "src_mask"
+    if in_stack:
+        module, mask = TransformerEncoder(module, 2), "mask"
+    ranges = ranges_of("each entry")
+    padding = {"src_key_padding_mask": IS_PADDING}
+    with_masks = {mask: dense(ranges), **padding}
+    assert_same(module.train(is_training), (x(1),), {"src_key_ranges": ranges, **padding}, with_masks)
+
+
+@pytest.mark.parametrize("is_training", (True, False), ids=("training", "eval"))
+@pytest.mark.parametrize("in_stack", (False, True), ids=("layer", "stack"))
+def test_decoder(in_stack, is_training):
+    torch.manual_seed(0)
+    module = TransformerDecoderLayer(**LAYER)
+    if in_stack:
+        module = TransformerDecoder(module, 2)
+    own, cross = ranges_of("each entry"), ranges_of("each head")
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    with_ranges = {"tgt_key_ranges": own, "memory_key_ranges": cross, "tgt_is_causal": True}
+    with_masks = {"tgt_mask": dense(own) | causal, "memory_mask": dense(cross), "tgt_is_causal": False}
+    assert_same(module.train(is_training), (x(1), x(2)), with_ranges, with_masks)
+
+
+@pytest.mark.parametrize("names", (("src",), ("tgt",), ("memory",), ("src", "tgt", "memory")), ids="+".join)
+def test_transformer(names):
+    torch.manual_seed(0)
+    sizes = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+    model = Transformer(**LAYER, **sizes)
+    ranges = {name: ranges_of("each head")[:, :1].roll(i, 0)[:, 0] for i, name in enumerate(names)}
+    with_ranges = {f"{name}_key_ranges": each for name, each in ranges.items()}
+    with_masks = {f"{name}_mask": dense(each) for name, each in ranges.items()}
+    assert_same(model, (x(1), x(2)), with_ranges, with_masks)
+
+
+def test_layers_without_gradients_read_the_ranges():
+    # Without gradients, native calls compute the blocks of plain layers. They know no ranges.
+    ranges, rows, memory = ranges_of("each entry"), x(1).detach().float(), x(2).detach().float()
+    encoder = TransformerEncoderLayer(**LAYER).float().eval()
+    decoder = TransformerDecoderLayer(**LAYER).float().eval()
+    mask = dense(ranges)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(rows, src_key_ranges=ranges), encoder(rows, src_mask=mask))
+        out = decoder(rows, memory, tgt_key_ranges=ranges, memory_key_ranges=ranges)
+        torch.testing.assert_close(out, decoder(rows, memory, tgt_mask=mask, memory_mask=mask))
+        assert not torch.allclose(out, decoder(rows, memory, tgt_key_ranges=ranges))
+        assert not torch.allclose(out, decoder(rows, memory, memory_key_ranges=ranges))
+
+
+def test_converted_and_wrapped_layers():
+    ranges, rows = ranges_of("each entry"), x(1)
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(**LAYER, dropout=0.0), 2, enable_nested_tensor=False)
+    expected = model(rows, mask=dense(ranges))
+    converted = convert_attention(copy.deepcopy(model))
+    torch.testing.assert_close(converted(rows, src_key_ranges=ranges), expected)
+    for i, layer in enumerate(converted.layers):
+        converted.layers[i] = checkpoint_wrapper(layer)
+    torch.testing.assert_close(converted(rows, src_key_ranges=ranges), expected)
+
+
+def test_compiled():
+    ranges, rows = ranges_of("each entry"), x(1)
+    encoder = TransformerEncoder(TransformerEncoderLayer(**LAYER, dropout=0.0), 1)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rows, src_key_ranges=ranges), encoder(rows, src_key_ranges=ranges))
+
+
+def test_traced_by_fx():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Transformer(**LAYER, num_encoder_layers=1, num_decoder_layers=1, dropout=0.0)
+
+        def forward(self, src, ranges):
+            return self.model(src, src, src_key_ranges=ranges, tgt_key_ranges=ranges, memory_key_ranges=ranges)
+
+    model, rows, ranges = Model(), x(1), ranges_of("each entry")
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(rows, ranges), model(rows, ranges))
+
+
+def test_a_memory_in_a_cache():
+    ranges, memory, rows = ranges_of("each entry"), x(2).detach(), x(1).detach()
+    decoder = TransformerDecoder(TransformerDecoderLayer(**LAYER), 2).eval()
+    expected = decoder(rows, memory, tgt_is_causal=True, memory_key_ranges=ranges)
+    cache = KVCache(2)
+    steps = [
+        decoder(row, memory, memory_key_ranges=ranges[:, i : i + 1], cache=cache)
+        for i, row in enumerate(rows.split(1, dim=1))
+    ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected)
+
+
+class OtherAttention(nn.MultiheadAttention):
+    """An attention without ranges."""
+
+
+def test_errors():
+    ranges, rows, module = ranges_of("each entry"), x(1), attention()
+    shapes = "(L, R, 2), (N, L, R, 2) or (N, H, L, R, 2)"
+    for wrong in (ranges[:2], ranges[:, :5], ranges[..., :1], ranges[:, :, :0], ranges[0, 0], ranges[None, None]):
+        with pytest.raises(ValueError, match=re.escape(f"key_ranges: expected shape {shapes} with L = 9, N = 3 or 1")):
+            module(rows, rows, rows, key_ranges=wrong)
+    with pytest.raises(TypeError, match=r"key_ranges: expected dtype torch\.int32"):
+        module(rows, rows, rows, key_ranges=ranges.long())
+    with pytest.raises(TypeError, match="key_ranges: expected a tensor, got list"):
+        module(rows, rows, rows, key_ranges=[[0, 1]])
+    nested = torch.nested.nested_tensor(list(rows.detach().unbind()), layout=torch.jagged)
+    with pytest.raises(ValueError, match="key_ranges: expected None with nested tensors"):
+        module(nested, nested, nested, need_weights=False, key_ranges=ranges)
+
+    decoder = TransformerDecoder(TransformerDecoderLayer(**LAYER), 1)
+    with pytest.raises(ValueError, match="key_ranges: expected None with a self-attention cache"):
+        decoder(rows, rows, tgt_key_ranges=ranges, cache=KVCache(1))
+    for name in ("tgt_key_ranges", "memory_key_ranges"):
+        with pytest.raises(TypeError, match=f"{name}: expected a tensor"):
+            decoder(rows, rows, **{name: 3})
+    encoder = TransformerEncoder(TransformerEncoderLayer(**LAYER), 1)
+    with pytest.raises(TypeError, match="src_key_ranges: expected a tensor"):
+        encoder(rows, src_key_ranges=3)
+
+
+def test_layers_that_take_no_ranges():
+    ranges, rows = ranges_of("each entry"), x(1)
+    encoder = TransformerEncoder(TransformerEncoderLayer(**LAYER), 2)
+    encoder.layers[1].self_attn = OtherAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64)
+    message = "src_key_ranges: expected None, since TransformerEncoderLayer takes no ranges"
+    with pytest.raises(ValueError, match=message):
+        encoder(rows, src_key_ranges=ranges)
+    model = Transformer(**LAYER, num_encoder_layers=1, num_decoder_layers=1, custom_decoder=nn.Identity())
+    with pytest.raises(ValueError, match="memory_key_ranges: expected None, since Identity takes no ranges"):
+        model(rows, rows, memory_key_ranges=ranges)
