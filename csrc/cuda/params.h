@@ -295,10 +295,11 @@ struct Params {
   RowValues delta;     // (B, H, row_blocks * kRowBlock): rowsum(dout * out) - dlse, or 0 past the last row
 
   // Fused backward only. A tile of dq has 1 << dq_sums_log2 sums, to which the blocks of keys add in a fixed order
-  // (DqTurn). Both pointers are null if dq is not wanted.
+  // (DqTurn). Both pointers are null if dq is not wanted, or if there is one block of keys.
   int32_t dq_sums_log2;
   float* dq_sums;     // (B, H, tiles, sums, rows of a tile * padded head dim), each in the order of accumulators
   int32_t* dq_turns;  // (B, H, tiles, sums): how many blocks of keys have added to a sum so far
+  bool clears_dq;     // the preparation kernel sets dq to zero: without dq_sums, if a query may see no key
   // (B, key blocks + 1): entry n says how many of the blocks 0 ... n - 1 have a valid key. Null = all blocks have one.
   const int32_t* key_ranks;
   int32_t num_key_blocks;  // how many blocks of keys the longest sequence has
@@ -312,7 +313,7 @@ struct Params {
   // Here, `tiles` counts those of the longest sequence.
   // (num_listed_key_blocks, group_size * tiles of a split): the first KeyBlock::steps of each entry are valid
   StepInfo* mask_steps;
-  // (B, H, tiles, num_key_blocks): how many blocks of keys add to the tile before this one. Null if dq is not wanted.
+  // (B, H, tiles, num_key_blocks): how many blocks of keys add to the tile before this one. Null without dq_sums.
   int32_t* mask_turns;
 
   // For persistent kernels, whose blocks of threads stay on a multiprocessor and take one piece of work after another.

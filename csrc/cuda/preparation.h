@@ -5,7 +5,7 @@
 //   relative bias    is copied into the workspace, with margins
 //   tiles of queries are listed in forward of packed calls
 //   masks            the dense mask and the ranges of keys are packed to bits, and a map of these is made (mask_bits.h)
-//   row statistics   of backward are computed; counters of dq are set to 0
+//   row statistics   of backward are computed; counters of dq, or dq itself, are set to 0
 //
 // For the fused backward, the kernel also lists the blocks of keys. Which keys are valid decides what the list says. So
 // the block of threads that packs the padding of a batch entry then lists the blocks of keys of this batch entry.
@@ -117,8 +117,9 @@ GPU_DEVICE void copy_relative_bias(const RelativeBiasParams& p, int64_t i) {
 constexpr float kLargestLseLog2 = 16777216.0f;
 
 // Computes the row statistics of kPreparationRows queries of one head, and writes them to the workspace. kThreadsPerRow
-// threads share a query. For the fused backward, the function also sets the counters dq_turns to 0. There is one
-// counter for each kTileRows queries. `block` is the number of the caller's block among those that have this job.
+// threads share a query. For the fused backward, the function also sets the counters dq_turns to 0, or dq itself
+// (clears_dq). There is one counter for each kTileRows queries. `block` is the number of the caller's block among those
+// that have this job.
 template <class T, int kTileRows>
 GPU_DEVICE void prepare_rows(const Params& p, int32_t block) {
   const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);
@@ -147,6 +148,10 @@ GPU_DEVICE void prepare_rows(const Params& p, int32_t block) {
         sum += a.x * b.x + a.y * b.y;
       }
     }
+  }
+  if (p.clears_dq && is_row) {
+    for (int column = 8 * (thread_index() % kThreadsPerRow); column < p.dq.columns; column += 8 * kThreadsPerRow)
+      store_global(reinterpret_cast<Vec4*>(head_slice.query_row<T>(p.dq, row) + column), Vec4{0, 0, 0, 0});
   }
   GPU_UNROLL for (int mask = 1; mask < kThreadsPerRow; mask *= 2) sum += shuffle_xor(sum, mask);
   const bool is_in_block = row / kRowBlock * kRowBlock < head_slice.seqlen_q;  // the arrays have no room for other rows

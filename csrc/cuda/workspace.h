@@ -110,7 +110,7 @@ inline SplitParams take_splits(const WorkspaceNeeds& needs, int32_t count, int64
 inline void take_fused_backward(const WorkspaceNeeds& needs, int64_t padded_rows, Workspace& workspace,
                                 Pieces& pieces) {
   constexpr int64_t kPanel = 64, kSmallestTile = 64;
-  if (needs.wants_dquery) {
+  if (sums_dq(needs)) {
     pieces.dq_sums_log2 = dq_sums_log2(needs);
     const int64_t rows = padded_rows << pieces.dq_sums_log2;
     pieces.dq_sums = workspace.take<float>(rows * ceil_div(needs.head_dim, kPanel) * kPanel);
@@ -122,7 +122,7 @@ inline void take_fused_backward(const WorkspaceNeeds& needs, int64_t padded_rows
   if (needs.mask_entries == 0) return;
   const int64_t heads = needs.batch * needs.num_heads, tiles = ceil_div(needs.seqlen_q, kSmallestTile);
   pieces.mask_steps = workspace.take<StepInfo>(heads * key_blocks * splits * ceil_div(tiles, splits));
-  if (needs.wants_dquery) pieces.mask_turns = workspace.take<int32_t>(heads * tiles * key_blocks);
+  if (sums_dq(needs)) pieces.mask_turns = workspace.take<int32_t>(heads * tiles * key_blocks);
 }
 
 // Takes the pieces that only backward has, except those for gradients of biases: parts of gradients, row statistics,

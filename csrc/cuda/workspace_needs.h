@@ -75,6 +75,11 @@ inline bool is_fused_backward(const WorkspaceNeeds& needs) {
          needs.architecture == 90 && has_fused_backward(needs.head_dim);
 }
 
+// Whether the fused backward adds up dq in the workspace. With one block of keys, it writes dq itself.
+inline bool sums_dq(const WorkspaceNeeds& needs) {
+  return is_fused_backward(needs) && needs.wants_dquery && needs.seqlen_k > kKeyBlock;
+}
+
 // If both kinds of forward kernels run, the decode kernels compute the sequences with at most this many queries, and
 // the large kernels the others. 0 = the large kernels compute all of them.
 inline int64_t few_queries(const WorkspaceNeeds& needs) {

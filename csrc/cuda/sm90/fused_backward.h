@@ -7,7 +7,8 @@
 //
 // Probs and dscores stay in registers, as left factors of the products for dv and dk. For dq, dscores also go through
 // shared memory, once. A tile of dq is a sum over all blocks of keys: bulk copies add each part to float sums in global
-// memory (dq_sums). In the end, a small kernel rounds these sums to dq (fused_backward_dq.h).
+// memory (dq_sums). In the end, a small kernel rounds these sums to dq (fused_backward_dq.h). If there is one block of
+// keys only, there are no sums: this kernel itself writes dq.
 //
 // A call may want some of the gradients only. The others are computed all the same, but not stored: a branch around a
 // product would cost the steps of all calls time.
@@ -29,7 +30,7 @@
 //
 //   warp 0             loads keys, queries and lse: fused_backward_loading.h
 //   warp 1             loads values, dout and delta: fused_backward_loading.h
-//   warps 2, 3         one thread of each adds tiles of dq to the sums: fused_backward_dq.h
+//   warps 2, 3         add tiles of dq to the sums, or write them to dq: fused_backward_dq.h
 //   warpgroups 1, 2    multiply; each has 64 of the keys: this file
 //
 // All roles share the sizes and the rings of fused_backward_plan.h.
@@ -369,6 +370,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kFusedBackwardThreads, 1)
       load_tiles<kHeadDim, kIsGeneral, true>(p, maps, shared, rings, num_programs);
     } else if (warp == 1) {
       load_tiles<kHeadDim, kIsGeneral, false>(p, maps, shared, rings, num_programs);
+    } else if (p.dq_sums == nullptr && p.dq.data != nullptr) {
+      store_dq<T, kHeadDim, kIsGeneral>(p, shared, rings, warp % 2);
     } else if (thread_index() % 32 == 0) {
       if (p.dq_sums != nullptr) {
         add_dq<kHeadDim, kIsGeneral>(p, shared, rings, warp % 2);

@@ -1,6 +1,11 @@
-// The way of dq in the fused backward (fused_backward.h): two threads add the parts in shared memory to the sums in
-// global memory, and a small kernel rounds these sums to dq. One thread works for even steps, the other for odd steps:
-// to wait for a turn, and for an addition to be complete, takes longer than a step.
+// The way of dq in the fused backward (fused_backward.h). Two warps take the parts from shared memory, in one of three
+// ways:
+//
+//   add_dq     One thread of each warp adds the parts to sums in global memory. In the end, a small kernel rounds these
+//              sums to dq. One thread works for even steps, the other for odd steps: to wait for a turn, and for an
+//              addition to be complete, takes longer than a step.
+//   store_dq   With one block of keys, no tile is a sum. The warps round the parts, and write them to dq.
+//   drop_dq    Nobody wants dq.
 #pragma once
 #include "../fragments.h"
 #include "../tile_scheduler.h"
@@ -56,6 +61,47 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
   }
 }
 
+// Takes the place of add_dq if all keys of a sequence are one block of keys, so that a part of dq is dq itself: multiplies
+// the part of consumer warpgroup `group` by the scale, rounds it, and writes it to dq. All lanes of a warp call this.
+// The preparation kernel has set the rows to zero that no step visits.
+template <class T, int kHeadDim, bool kIsGeneral>
+GPU_DEVICE void store_dq(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim, kIsGeneral>& rings,
+                         int group) {
+  using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
+  const Lane lane = this_lane();
+  const int first_column = Plan::kSplitsRows ? 0 : group * Plan::kOwnColumns;
+  KeyBlockReader<kHeadDim, kIsGeneral> reader{shared, rings.work, {}};
+  uint32_t step = 0;  // over all blocks of keys
+  while (true) {
+    const SharedKeyBlock b = reader.wait();
+    if (b.number() == kNoMoreKeys) return;
+    Step<Plan::kBlockM, kIsGeneral> at(p, b);
+    GPU_NO_UNROLL for (int left = b.steps(); left > 0; --left, ++step, at.advance(p, b)) {
+      const int first_row = at.tile() * Plan::kBlockM + (Plan::kSplitsRows ? 64 * group : 0);
+      mbarrier_wait(rings.dq_full_of(group, step), step / 2 & 1);
+      // A consumer warp has written 16 rows. Thread (g, q) of it has the rows g and g + 8, in the halves of its 16 bytes
+      // of each tile. A pass of the loop reads one of these halves, which are 8 rows.
+      GPU_NO_UNROLL for (int pass = 0; pass < 2 * kWarpsPerWarpgroup; ++pass) {
+        const uint32_t source =
+            shared + Plan::kDq + group * Plan::kOwnDqBytes + pass / 2 * (32 * 16) + pass % 2 * 8 + lane.index * 16;
+        const int row = first_row + 8 * pass + lane.g;
+        T* const to = b.query_row<T>(p.dq, at.head(), row) + first_column;
+        GPU_UNROLL for (int t = 0; t < Plan::kOwnColumns / 8; t += 4) {
+          uint32_t words[4];
+          GPU_UNROLL for (int i = 0; i < 4; ++i) {
+            const Float2 x = load_shared<Float2>(source + (t + i) * (kWarpgroup * 16));
+            words[i] = pack<T>(x.x * p.scale, x.y * p.scale);
+          }
+          store_words(to, words, t, row < b.seqlen_q(), p.dq.columns - first_column, lane);
+        }
+      }
+      sync_warp();
+      if (lane.index == 0) mbarrier_arrive(rings.dq_empty + 8 * group);
+    }
+    reader.release_by_warp();
+  }
+}
+
 // Takes the place of add_dq if dq is not wanted: marks the memory of each part of dq as empty again. A branch in add_dq
 // would need a register more than there are.
 template <int kHeadDim, bool kIsGeneral>
@@ -79,7 +125,7 @@ GPU_DEVICE void drop_dq(uint32_t shared, const FusedBackwardRings<kHeadDim, kIsG
 
 constexpr int kRoundingThreads = 256;
 
-// Runs after the fused backward: adds the sums of one tile of dq, multiplies the result by the scale, rounds it, and
+// Runs after a fused backward that adds parts of dq: adds the sums of one tile of dq, multiplies the result by the scale, rounds it, and
 // writes it to dq. Thread i of a block reads the sums that thread i of the two consumer warpgroups computed.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU_GRID_CONSTANT Params p) {

@@ -213,6 +213,12 @@ struct SharedKeyBlock {
     return static_cast<T*>(x.data) + batch() * x.stride_batch + kv_head() * x.stride_head +
            (k_offset() + row) * x.stride_row;
   }
+  // Address of row `row` of a query head in a tensor like query: as HeadSlice::query_row.
+  template <class T>
+  GPU_DEVICE T* query_row(const Rows& x, int32_t head, int64_t row) const {
+    return static_cast<T*>(x.data) + batch() * x.stride_batch + head * x.stride_head +
+           (q_offset() + row) * x.stride_row;
+  }
   // The number of the first row block of the sequence for a query head of the group: as HeadSlice::first_row_block.
   GPU_DEVICE int64_t row_block(const Params& p, int32_t head) const {
     const int64_t entry = p.cu_seqlens_q != nullptr ? 0 : batch();

@@ -134,7 +134,7 @@ void launch_two_kernels(const Params& p, Stream stream) {
                stream, p, backward_maps_of(p, kIsBf16<T>, KeyPlan::kBlockM, KeyPlan::kBlockN));
 }
 
-// Launches the fused backward, and then the kernel that rounds dq, if dq is wanted. With a dense mask, another kernel
+// Launches the fused backward, and then the kernel that rounds dq, if dq has sums. With a dense mask, another kernel
 // lists the steps before.
 template <class T, int kHeadDim, bool kIsGeneral>
 void launch_fused(const Params& p, Stream stream) {
@@ -158,7 +158,7 @@ void launch_fused(const Params& p, Stream stream) {
   maps.bias = bias_map_of(p, kIsBf16<T>, Plan::kBlockM);
   if (!maps.bias.is_used) shape.shared_bytes = Plan::kBytesWithoutBias;
   run_kernel(fused_backward_kernel<T, kHeadDim, kIsGeneral>, shape, stream, p, maps, num_programs);
-  if (p.dq.data != nullptr) run_kernel(round_dq_kernel<T, kHeadDim, kIsGeneral>, rounding, stream, p);
+  if (p.dq_sums != nullptr) run_kernel(round_dq_kernel<T, kHeadDim, kIsGeneral>, rounding, stream, p);
 }
 
 // Launches the kernels of backward, if one of their gradients is wanted.
