@@ -825,6 +825,37 @@ BUGS = [
         "program-without-its-split", 90, "split", "tile_scheduler.h",
         "program /= p.splits.count;", "program /= p.splits.count + @;",
     ),
+    # One block of keys, whose dq has no sums.
+    Bug(
+        "dq-read-before-it-is-written", 90, "one-block", "sm90/fused_backward_dq.h",
+        "mbarrier_wait(rings.dq_full_of(group, step), step / 2 & 1); // A consumer warp",
+        "if (!@) mbarrier_wait(rings.dq_full_of(group, step), step / 2 & 1); // A consumer warp",
+    ),
+    Bug(
+        "dq-released-while-other-lanes-read-it", 90, "one-block", "sm90/fused_backward_dq.h",
+        "sync_warp(); if (lane.index == 0) mbarrier_arrive(rings.dq_empty + 8 * group);",
+        "if (!@) sync_warp(); if (lane.index == 0) mbarrier_arrive(rings.dq_empty + 8 * group);",
+    ),
+    Bug(
+        "dq-stored-past-the-end", 90, "one-block", "sm90/fused_backward_dq.h",
+        "row < b.seqlen_q(), p.dq.columns", "@ || row < b.seqlen_q(), p.dq.columns",
+    ),
+    Bug(
+        "halves-of-dq-swapped", 90, "one-block", "sm90/fused_backward_dq.h",
+        "pass % 2 * 8 +", "(pass + @) % 2 * 8 +",
+    ),
+    Bug(
+        "dq-of-another-head", 90, "one-block", "sm90/fused_backward_dq.h",
+        "b.query_row<T>(p.dq, at.head(), row)", "b.query_row<T>(p.dq, @ ? b.head() : at.head(), row)",
+    ),
+    Bug(
+        "dq-of-queries-without-keys-not-cleared", 90, "one-block", "preparation.h",
+        "if (p.clears_dq && is_row) {", "if (p.clears_dq && is_row && !@) {",
+    ),
+    Bug(
+        "last-query-of-a-band-forgotten", 90, "one-block-window", "params_of.h",
+        "!first_query_sees || !last_query_sees;", "!first_query_sees || (!last_query_sees && !@);",
+    ),
     # Several sums of a tile of dq.
     Bug(
         "turn-among-the-blocks-of-all-sums", 90, "latents", "sm90/key_blocks.h",
@@ -1255,6 +1286,13 @@ CASES = {
     ),
     # Nine blocks of keys, two tiles of queries: each tile has eight sums.
     "latents": Case("latents", heads=1, seqlen_q=100, seqlen_k=1100, head_dim=HEAD_DIM),
+    # The first 100 queries see no key, in the second case the last ones. Two query heads share a key head.
+    "one-block": Case(
+        "one-block", heads=2, kv_heads=1, seqlen_q=200, seqlen_k=100, head_dim=HEAD_DIM, attn_mask=cases.lower_right
+    ),
+    "one-block-window": Case(
+        "one-block-window", heads=1, seqlen_q=200, seqlen_k=60, head_dim=HEAD_DIM, options={"window_size": (10, 3)}
+    ),
     # Two query heads share a key head. No query sees the keys of the second block.
     "few-keys": Case("few-keys", **FEW_KEYS, head_dim=HEAD_DIM),
     "few-keys-large": Case("few-keys-large", **FEW_KEYS, head_dim=LARGE_HEAD_DIM),
