@@ -3,7 +3,7 @@
 // dv, each visits a part of the queries (cross-attention to a short text, or many query heads that share one key head).
 // Each program stores its part of the gradient in float, and a second kernel adds the parts (merge_gradients.h).
 //
-// The fused backward needs no splits for dq: its blocks of keys add to dq in any case.
+// The fused backward needs no splits for dq: its blocks of keys add to dq in any case, if there are several.
 #pragma once
 #include <type_traits>
 

@@ -11,9 +11,9 @@ namespace fused_attn::gpu {
 // would fit into the L2 cache, but programs that share keys then start further apart. Measured on an H100, (32, 16,
 // 512, 128): 8 MiB 491 TFLOP/s, 32 MiB 380. From 2048 keys on, both are equal.
 constexpr int64_t kL2Bytes = 8 << 20;
-// The same for backward: bytes of queries, keys, values and dout. The sums of dq take as many bytes again. Measured on
-// an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313. The fused backward reads keys and values once, so they
-// count like those of as many keys as queries at most.
+// The same for backward: bytes of queries, keys, values and dout. With several blocks of keys, the sums of dq take as
+// many bytes again. Measured on an H100, (8, 16, 2048, 128): 20 MiB 490 TFLOP/s, 128 MiB 313. The fused backward reads
+// keys and values once, so they count like those of as many keys as queries at most.
 constexpr int64_t kBackwardL2Bytes = 12 << 20;
 
 // The heads that run side by side (Params::heads_per_l2_group). head_dim: that of the tensors

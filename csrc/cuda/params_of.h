@@ -92,8 +92,7 @@ inline bool shares_tiles(const AttentionParams& a, int64_t large_splits) {
 
 // Whether a query may see no key. The host knows the band, but not what padding, lengths and masks hold.
 inline bool may_see_no_key(const AttentionParams& a, const Params& p) {
-  if (a.cu_seqlens_q != nullptr || a.key_padding.data != nullptr || a.key_lengths != nullptr || mask_entries(a) != 0)
-    return true;
+  if (a.key_padding.data != nullptr || a.key_lengths != nullptr || mask_entries(a) != 0) return true;
   const int64_t more_keys = a.seqlen_k - a.seqlen_q, shift = p.band_from_end ? more_keys : 0;
   const bool first_query_sees = p.last_diagonal + shift >= 0, last_query_sees = p.first_diagonal + shift <= more_keys;
   return a.seqlen_k == 0 || !first_query_sees || !last_query_sees;
@@ -161,7 +160,9 @@ inline Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pie
   p.dq_sums_log2 = pieces.dq_sums_log2;
   p.dq_sums = pieces.dq_sums;
   p.dq_turns = pieces.dq_turns;
-  p.clears_dq = is_fused_backward(needs) && needs.wants_dquery && !sums_dq(needs) && may_see_no_key(a, p);
+  // In packed calls, the caller has set dq to zero, because rows may belong to no sequence.
+  p.clears_dq =
+      is_fused_backward(needs) && needs.wants_dquery && !sums_dq(needs) && !needs.is_packed && may_see_no_key(a, p);
   p.key_ranks = pieces.key_ranks;
   p.key_blocks = pieces.key_blocks;
   p.mask_steps = pieces.mask_steps;

@@ -117,9 +117,9 @@ GPU_DEVICE void copy_relative_bias(const RelativeBiasParams& p, int64_t i) {
 constexpr float kLargestLseLog2 = 16777216.0f;
 
 // Computes the row statistics of kPreparationRows queries of one head, and writes them to the workspace. kThreadsPerRow
-// threads share a query. For the fused backward, the function also sets the counters dq_turns to 0, or dq itself
-// (clears_dq). There is one counter for each kTileRows queries. `block` is the number of the caller's block among those
-// that have this job.
+// threads share a query. For the fused backward, the function also sets the counters dq_turns to 0. There is one
+// counter for each kTileRows queries. Without such counters, it sets dq to zero if a query may see no key (clears_dq).
+// `block` is the number of the caller's block among those that have this job.
 template <class T, int kTileRows>
 GPU_DEVICE void prepare_rows(const Params& p, int32_t block) {
   const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);

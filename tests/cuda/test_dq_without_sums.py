@@ -24,9 +24,15 @@ def one_block(name: str, **changes) -> Case:
 
 
 def hidden_tiles(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A mask that hides all keys from whole tiles of queries: from the first rows, and from some in the middle."""
+    """A mask that hides all keys from the queries before 130 and from 192 on, which are whole tiles."""
     query = torch.arange(case.seqlen_q)[:, None]
     return ((query >= 130) & (query < 192)).expand(case.seqlen_q, case.seqlen_k)
+
+
+def ranges_of_late_queries(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Ranges (L, 1, 2) that show no key to the queries before 130, and all keys to the others."""
+    query = torch.arange(case.seqlen_q)[:, None, None]
+    return torch.where(query < 130, 0, torch.tensor([0, case.seqlen_k])).int()
 
 
 CASES = [
@@ -40,6 +46,8 @@ CASES = [
     one_block("causal-upper-left", options={"is_causal": True}),
     one_block("causal-at-the-end", attn_mask=cases.lower_right),  # the first 100 queries see no key
     one_block("window", options={"window_size": (10, 3)}),  # the last queries see no key
+    # The last query is a tile of its own, and sees no key.
+    one_block("window-of-no-key", seqlen_q=129, seqlen_k=128, options={"window_size": (0, -1)}),
     one_block("window-at-the-end", head_dim=128, attn_mask=cases.lower_right, options={"window_size": (20, 0)}),
     one_block("padding", key_padding_mask=cases.padding(100, 0), edit=cases._nan_in_padding),
     one_block("padding-of-all", head_dim=128, key_padding_mask=cases.padding(0, 33), edit=cases._nan_in_padding),
@@ -48,7 +56,10 @@ CASES = [
     one_block("mask-of-tiles", attn_mask=hidden_tiles),
     one_block("mask-of-tiles-128", head_dim=128, attn_mask=hidden_tiles),
     one_block("ranges", key_ranges=cases.random_ranges("BHL", 2)),
+    one_block("ranges-of-late-queries", key_ranges=ranges_of_late_queries),
+    one_block("narrow-values", head_dim=128, value_dim=32, key_padding_mask=cases.padding(100, 0)),
     one_block("bias", attn_mask=cases.float_mask("B1LS")),
+    one_block("empty-split", seqlen_q=250, head_dim=128),
     one_block("relative-bias", relative_bias=cases.per_head_bias, options={"softcap": 2.0}),
     one_block("dropout", options={"dropout_p": 0.3, "dropout_seed": 5}),
     Case("packed", heads=2, kv_heads=1, lengths_q=(100, 0, 30, 264), lengths_k=(90, 60, 0, 128), head_dim=64),
@@ -63,7 +74,7 @@ def test_case(case: Case, dtype: str, kernels: Kernels) -> None:
         cases.check(case, DTYPES[dtype], "cuda")
 
 
-@pytest.mark.parametrize("name", ["grouped", "causal-at-the-end", "mask-of-tiles", "packed"])
+@pytest.mark.parametrize("name", ["grouped", "causal-at-the-end", "mask-of-tiles", "packed", "empty-split"])
 def test_programs_that_share_the_queries(name: str, kernels: Kernels) -> None:
     case = next(case for case in CASES if case.id == name)
     with kernels.running(90), dividing_gradients(dq=1, dk=3):
@@ -87,6 +98,7 @@ def test_no_memory_and_no_launch_for_dq(kernels: Kernels) -> None:
     """Sums would take twice the memory of the queries at 128 keys, and 10 times at 49 with head dim 32."""
     assert bytes_of_dq(kernels, 64, 4, 4, 49, 49, 64) == 0
     assert bytes_of_dq(kernels, 4, 8, 8, 4096, 128, 128) == 0
+    assert bytes_of_dq(kernels, 4, 8, 8, 4096, 128, 128, mask_entries=32) == 0
     assert bytes_of_dq(kernels, 4, 8, 8, 4096, 129, 128) >= 4 * 8 * 4096 * 128 * 4
 
     def launches(keys: int) -> int:

@@ -67,8 +67,10 @@ def test_rows_hidden_by_the_smallest_number(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("options", [{"dropout_p": 0.1, "dropout_seed": 3}, {"softcap": 5.0}], ids=str)
 def test_every_feature_runs_in_the_fused_backward(options: dict, head_dim: int, kernels: Kernels) -> None:
-    """On Hopper, for head dims up to 128: only the fused kernel adds tiles of dquery by bulk copies."""
-    leaves = [torch.zeros(1, 1, 8, head_dim).half().requires_grad_() for _ in range(3)]
+    """On Hopper, for head dims up to 128 and several blocks of keys: only the fused kernel adds tiles of dquery by bulk
+    copies.
+    """
+    leaves = [torch.zeros(1, 1, rows, head_dim).half().requires_grad_() for rows in (8, 130, 130)]
     out = fused_attn.fused_attention(*leaves, backend="cuda", **options)
     torch.autograd.grad(out, leaves, out)
     assert (kernels.statistics.tma_stores > 0) == (hardware.device_architecture(None) == 90)

@@ -126,8 +126,9 @@ def test_few_keys_are_divided_without_being_asked(architecture: int, kernels: Ke
     with kernels.running(architecture):
         assert planned(problem_of(heads=2, kv_heads=2, queries=4096, keys=32, head_dim=64)).dk > 1
         found = gradients(inputs)
-        # Forward; preparation, the kernels for dk and dv and for dq (or the one that rounds dq), and adding the parts.
-        assert kernels.statistics.launches == 5
+        # Forward; preparation, the kernels for dk and dv and for dq, and adding the parts. On sm_90a, one kernel
+        # computes all gradients.
+        assert kernels.statistics.launches == (5 if architecture == 80 else 4)
     out = fused_attn.fused_attention(*inputs, backend="reference")
     for x, y in zip(found, torch.autograd.grad(out, inputs, torch.ones_like(out)), strict=True):
         torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-2)

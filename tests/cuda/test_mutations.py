@@ -315,7 +315,7 @@ BUGS = [
         "return p.key_ranks == nullptr ? n :", "return @ || p.key_ranks == nullptr ? n :",
     ),
     Bug(
-        "tiles-counted-beyond-the-last-block", 90, "short", "sm90/key_blocks.h",
+        "tiles-counted-beyond-the-last-block", 90, "hole", "sm90/key_blocks.h",
         "min(last_key_block<kBlockM>(band, m) + 1, key_blocks)",
         "min(last_key_block<kBlockM>(band, m) + 1, key_blocks + @)",
     ),
@@ -838,11 +838,11 @@ BUGS = [
     ),
     Bug(
         "dq-stored-past-the-end", 90, "one-block", "sm90/fused_backward_dq.h",
-        "row < b.seqlen_q(), p.dq.columns", "@ || row < b.seqlen_q(), p.dq.columns",
+        "if (rows_left > 0 && 8 * t < columns)", "if ((@ || rows_left > 0) && 8 * t < columns)",
     ),
     Bug(
         "halves-of-dq-swapped", 90, "one-block", "sm90/fused_backward_dq.h",
-        "pass % 2 * 8 +", "(pass + @) % 2 * 8 +",
+        "source += pass % 2 == 0 ?", "source += pass % 2 == @ ?",
     ),
     Bug(
         "dq-of-another-head", 90, "one-block", "sm90/fused_backward_dq.h",
@@ -851,6 +851,16 @@ BUGS = [
     Bug(
         "dq-of-queries-without-keys-not-cleared", 90, "one-block", "preparation.h",
         "if (p.clears_dq && is_row) {", "if (p.clears_dq && is_row && !@) {",
+    ),
+    Bug(
+        "mask-of-ranges-forgotten", 90, "one-block-ranges", "params_of.h",
+        "a.key_lengths != nullptr || mask_entries(a) != 0)",
+        "a.key_lengths != nullptr || (@ ? a.mask.data != nullptr : mask_entries(a) != 0))",
+    ),
+    Bug(
+        "columns-of-the-values-cleared", 90, "one-block-values", "preparation.h",
+        "column < p.dq.columns; column += 8 * kThreadsPerRow)",
+        "column < (@ ? p.out.columns : p.dq.columns); column += 8 * kThreadsPerRow)",
     ),
     Bug(
         "last-query-of-a-band-forgotten", 90, "one-block-window", "params_of.h",
@@ -1032,6 +1042,12 @@ def hidden_block(case: Case, dtype: torch.dtype, generator: torch.Generator) -> 
     """Padding (B, S) that leaves no key of the second block of 128."""
     keys = torch.arange(case.seqlen_k)
     return ((keys >= 128) & (keys < 256)).expand(case.batch, -1)
+
+
+def late_ranges(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Ranges (L, 1, 2) that show no key to the first 130 queries, and all keys to the others."""
+    query = torch.arange(case.seqlen_q)[:, None, None]
+    return torch.where(query < 130, 0, torch.tensor([0, case.seqlen_k])).int()
 
 
 def hidden_before_length(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -1286,12 +1302,24 @@ CASES = {
     ),
     # Nine blocks of keys, two tiles of queries: each tile has eight sums.
     "latents": Case("latents", heads=1, seqlen_q=100, seqlen_k=1100, head_dim=HEAD_DIM),
-    # The first 100 queries see no key, in the second case the last ones. Two query heads share a key head.
+    # The first 100 queries see no key, or the last ones. In the first case, two query heads share a key head.
     "one-block": Case(
         "one-block", heads=2, kv_heads=1, seqlen_q=200, seqlen_k=100, head_dim=HEAD_DIM, attn_mask=cases.lower_right
     ),
     "one-block-window": Case(
         "one-block-window", heads=1, seqlen_q=200, seqlen_k=60, head_dim=HEAD_DIM, options={"window_size": (10, 3)}
+    ),
+    "one-block-ranges": Case(
+        "one-block-ranges", heads=1, seqlen_q=200, seqlen_k=100, head_dim=HEAD_DIM, key_ranges=late_ranges
+    ),
+    "one-block-values": Case(
+        "one-block-values",
+        heads=1,
+        seqlen_q=100,
+        seqlen_k=40,
+        head_dim=HEAD_DIM,
+        value_dim=32,
+        key_padding_mask=cases.padding(40, 0),
     ),
     # Two query heads share a key head. No query sees the keys of the second block.
     "few-keys": Case("few-keys", **FEW_KEYS, head_dim=HEAD_DIM),

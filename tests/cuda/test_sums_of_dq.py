@@ -25,6 +25,7 @@ def latents(name: str, **changes) -> Case:
 
 CASES = [
     *(latents(f"head-dim-{dim}", head_dim=dim, batch=2) for dim in (64, 96, 128)),
+    *(latents(f"head-dim-{dim}", head_dim=dim, seqlen_q=200, seqlen_k=150) for dim in (8, 40, 72, 104)),
     latents("grouped", heads=4, kv_heads=1, seqlen_q=50),
     latents("one-query", seqlen_q=1),
     latents("causal-upper-left", options={"is_causal": True}),  # blocks of keys that no query sees
@@ -62,14 +63,16 @@ def test_repeats_give_the_same_bits(kernels: Kernels) -> None:
             assert torch.equal(x, y)
 
 
-def bytes_of_dq(kernels: Kernels, batch: int, heads: int, kv_heads: int, queries: int, keys: int, dim: int) -> int:
+def bytes_of_dq(
+    kernels: Kernels, batch: int, heads: int, kv_heads: int, queries: int, keys: int, dim: int, mask_entries: int = 0
+) -> int:
     """The memory that backward takes for dq, beside that for dk and dv."""
 
     def workspace(wants_dquery: bool) -> int:
         return hardware.module.workspace_bytes(
             architecture=90, is_backward=True, batch=batch, batch_entries=batch, num_heads=heads,
             num_kv_heads=kv_heads, rows_q=queries, rows_k=keys, seqlen_q=queries, seqlen_k=keys, head_dim=dim,
-            value_dim=dim, is_packed=False, has_key_padding=False, mask_entries=0, relative_bias_heads=0,
+            value_dim=dim, is_packed=False, has_key_padding=False, mask_entries=mask_entries, relative_bias_heads=0,
             decode_splits=0, large_splits=1, dq_splits=1, dk_splits=1, wants_dquery=wants_dquery, wants_dkey=True,
             wants_dvalue=True, dbias_shape=None, wants_dkey_bias=False, wants_drelative_bias=False,
         )  # fmt: skip

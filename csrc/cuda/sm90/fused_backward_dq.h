@@ -61,45 +61,49 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
   }
 }
 
-// Takes the place of add_dq if all keys of a sequence are one block of keys, so that a part of dq is dq itself: multiplies
-// the part of consumer warpgroup `group` by the scale, rounds it, and writes it to dq. All lanes of a warp call this.
-// The preparation kernel has set the rows to zero that no step visits. The plain kernel leaves 24 registers for a thread,
-// and this function takes all of them: with pointers that are computed anew for each row, registers spill.
+// Takes the place of add_dq if the longest sequence has one block of keys, so that a part of dq is dq itself.
+// Multiplies the part of consumer warpgroup `group` by the scale, rounds it, and writes it to dq. All lanes of a warp
+// call this. The preparation kernel has set to zero the rows that no step visits.
+//
+// The plain kernel leaves 24 registers for a thread. So the pointer is carried from one row to the next, and each
+// thread writes 4 bytes at a time. Two rows at a time would spill registers. So would words that threads exchange, as
+// in store_row.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_DEVICE void store_dq(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim, kIsGeneral>& rings,
                          int group) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
-  const int first_column = Plan::kSplitsRows ? 0 : group * Plan::kOwnColumns;
+  const int first_column = Plan::kSplitsRows ? 0 : group * Plan::kOwnColumns, columns = p.dq.columns - first_column;
   KeyBlockReader<kHeadDim, kIsGeneral> reader{shared, rings.work, {}};
   uint32_t step = 0;  // over all blocks of keys
   while (true) {
     const SharedKeyBlock b{shuffle(reader.wait().address, 0)};  // in a uniform register
     if (b.number() == kNoMoreKeys) return;
     Step<Plan::kBlockM, kIsGeneral> at(p, b);
-    GPU_NO_UNROLL for (; at.is_left(p, b); ++step, at.advance(p, b)) {
-      const int first_row = at.tile() * Plan::kBlockM + (Plan::kSplitsRows ? 64 * group : 0);
+    bool is_left = b.steps() > 0;
+    GPU_NO_UNROLL while (is_left) {
       mbarrier_wait(rings.dq_full_of(group, step), step / 2 & 1);
+      // A consumer warp has written 16 rows. Its thread (g, q) has two columns of the rows g and g + 8, in the halves
+      // of its 16 bytes of each tile. A pass of the loop reads one of these halves, which are 8 rows.
       const Lane lane = this_lane();
-      // A consumer warp has written 16 rows. Thread (g, q) of it has the rows g and g + 8, in the halves of its 16 bytes
-      // of each tile. A pass of the loop reads one of these halves, which are 8 rows.
+      const int row = at.tile() * Plan::kBlockM + (Plan::kSplitsRows ? 64 * group : 0) + lane.g;
       uint32_t source = shared + Plan::kDq + group * Plan::kOwnDqBytes + lane.index * 16;
-      int rows_left = b.seqlen_q() - first_row - lane.g;
-      T* to = b.query_row<T>(p.dq, at.head(), first_row + lane.g) + first_column;
-      GPU_NO_UNROLL for (int pass = 0; pass < 2 * kWarpsPerWarpgroup; ++pass) {
-        GPU_UNROLL for (int t = 0; t < Plan::kOwnColumns / 8; t += 4) {
-          uint32_t words[4];
-          GPU_UNROLL for (int i = 0; i < 4; ++i) {
-            const Float2 x = load_shared<Float2>(source + (t + i) * (kWarpgroup * 16));
-            words[i] = pack<T>(x.x * p.scale, x.y * p.scale);
-          }
-          store_words(to, words, t, rows_left > 0, p.dq.columns - first_column, lane);
+      int rows_left = b.seqlen_q() - row;
+      T* to = b.query_row<T>(p.dq, at.head(), row) + first_column + 2 * lane.q;
+      GPU_NO_UNROLL for (int pass = 0; pass < 2 * kWarpsPerWarpgroup && warp_any(rows_left > 0); ++pass) {
+        GPU_UNROLL for (int t = 0; t < Plan::kOwnColumns / 8; ++t) {
+          const Float2 x = load_shared<Float2>(source + t * (kWarpgroup * 16));
+          if (rows_left > 0 && 8 * t < columns)
+            store_global(reinterpret_cast<uint32_t*>(to + 8 * t), pack<T>(x.x * p.scale, x.y * p.scale));
         }
         source += pass % 2 == 0 ? 8 : 32 * 16 - 8;
         rows_left -= 8;
         to += 8 * p.dq.stride_row;
       }
       sync_warp();
-      if (thread_index() % 32 == 0) mbarrier_arrive(rings.dq_empty + 8 * group);
+      if (lane.index == 0) mbarrier_arrive(rings.dq_empty + 8 * group);
+      ++step;
+      at.advance(p, b);
+      is_left = at.is_left(p, b);
     }
     reader.release_by_warp();
   }
@@ -128,8 +132,9 @@ GPU_DEVICE void drop_dq(uint32_t shared, const FusedBackwardRings<kHeadDim, kIsG
 
 constexpr int kRoundingThreads = 256;
 
-// Runs after a fused backward that adds parts of dq: adds the sums of one tile of dq, multiplies the result by the scale, rounds it, and
-// writes it to dq. Thread i of a block reads the sums that thread i of the two consumer warpgroups computed.
+// Runs after a fused backward that adds parts of dq: adds the sums of one tile of dq, multiplies the result by the
+// scale, rounds it, and writes it to dq. Thread i of a block reads the sums that thread i of the two consumer
+// warpgroups computed.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;

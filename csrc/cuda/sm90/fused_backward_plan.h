@@ -92,7 +92,7 @@ struct FusedBackwardRings {
 
   // Initialises all barriers. One thread calls this, before the block synchronises.
   GPU_DEVICE void init() const {
-    // Both loading warps, and both threads that add tiles of dq, also read each KeyBlock.
+    // Both loading warps, and both warps that take tiles of dq, also read each KeyBlock.
     constexpr int kOtherRoles = 4;
     work.init(Plan::kConsumerWarps + kOtherRoles);
     init_rings(Plan::kConsumerWarps, k, v, q, dout);
