@@ -69,7 +69,8 @@ def fused_attention(
             ``key_ranges[..., i, n, 0] <= j < key_ranges[..., i, n, 1]`` for one of its N ranges. One range for each
             query is (L, 1, 2): N is never left out. Combines with every other mask by AND. A range may be empty,
             overlap others, or reach outside of the keys. A document mask, a prefix LM or answers that share a question
-            need no (L, S) tensor then. docs/masks.md has examples, and `key_ranges_of` converts a mask.
+            need no (L, S) tensor then. docs/masks.md has examples. `key_ranges_of` converts a mask, and
+            `key_ranges_of_segments` makes the ranges of packed documents.
         window_size: (left, right), how many keys before and after its diagonal a query sees; -1 = unbounded.
         softcap: scores become ``softcap * tanh(score / softcap)`` before masks and bias; 0 = off.
         relative_bias: (H, L + S - 1) or (L + S - 1,). Column ``j - i + L - 1`` is added to score (i, j).

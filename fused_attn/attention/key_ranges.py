@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fused_attn.attention.checks import check_tensor, fail
 
@@ -18,31 +19,32 @@ def key_ranges_of_segments(segment_ids: Tensor) -> Tensor:
         segment_ids: (..., L) integers, the document of each token.
 
     Returns:
-        (..., L, 1, 2) int32. (N, L, 1, 2) is what `FusedMultiheadAttention` and the layers take. `fused_attention` has
-        a dimension for the heads: ``key_ranges_of_segments(ids)[:, None]``.
+        (..., L, 1, 2) int32. Modules take the ranges of segment_ids (B, L) as they are. `fused_attention` takes those
+        of segment_ids (L,) as they are; for segment_ids (B, L), add a dimension for the heads: ``ranges[:, None]``.
 
     Raises:
-        TypeError, ValueError: segment_ids is no tensor of integers, or has no dimension.
+        TypeError, ValueError: segment_ids is no dense tensor of integers, or has no dimension.
 
     >>> import torch
     >>> from fused_attn import key_ranges_of_segments
     >>> key_ranges_of_segments(torch.tensor([7, 7, 7, 8, 8])).tolist()
     [[[0, 3]], [[0, 3]], [[0, 3]], [[3, 5]], [[3, 5]]]
     """
+    if has_torch_function_unary(segment_ids):  # as fx traces it
+        return handle_torch_function(key_ranges_of_segments, (segment_ids,), segment_ids)
     check_tensor("segment_ids", segment_ids)
     if segment_ids.is_floating_point() or segment_ids.is_complex():
         raise TypeError(f"segment_ids: expected integers, got {segment_ids.dtype}")
+    if segment_ids.layout != torch.strided or segment_ids.is_nested:
+        raise fail("segment_ids", "a dense tensor", "a nested or sparse one")
     if not segment_ids.dim():
         raise fail("segment_ids", "shape (..., L)", "a tensor without dimensions")
     length = segment_ids.shape[-1]
-    is_first = segment_ids.new_ones(segment_ids.shape, dtype=torch.bool)
-    is_first[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
     position = torch.arange(length, device=segment_ids.device, dtype=torch.int32)
+    is_first = (segment_ids != segment_ids.roll(1, -1)) | (position == 0)
+    is_last = is_first.roll(-1, -1)
     begin = position.where(is_first, 0).cummax(-1).values
-    # The end of a token's document is the first token of a later document, or the length.
-    next_begin = torch.full_like(begin, length)
-    next_begin[..., :-1] = position.where(is_first, length)[..., 1:]
-    end = next_begin.flip(-1).cummin(-1).values.flip(-1)
+    end = (position + 1).where(is_last, length).flip(-1).cummin(-1).values.flip(-1)
     return torch.stack([begin, end], dim=-1).unsqueeze(-2)
 
 

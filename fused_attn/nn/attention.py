@@ -290,9 +290,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 is_causal=True means the causal mask itself. The parent class raises there. This class raises only if
                 weights are wanted.
             key_ranges: (L, R, 2), (N, L, R, 2) or (N, H, L, R, 2) int32, where N and H may be 1. A query sees only
-                keys of its R ranges, see `fused_attention`. The batch comes first with either batch_first. With
-                is_causal or a mask, a query sees the keys that both show. Like a mask, the ranges do not hide the rows
-                of add_bias_kv and add_zero_attn. A `CrossAttentionCache` goes with ranges, and no other cache.
+                keys of its R ranges, see `fused_attention`. The batch comes first whether batch_first is True or False.
+                With is_causal or a mask, a query sees the keys that both show. The ranges do not hide the rows of
+                add_bias_kv and add_zero_attn. Of the caches, only a `CrossAttentionCache` can be used with ranges.
             cache: the keys and values of earlier calls.
                 A `SelfAttentionCache` makes the call causal: query i has the position ``cache.position + i`` and sees
                 all rows up to its own. key_padding_mask then covers all rows so far. With a `StaticSelfAttentionCache`,
@@ -317,8 +317,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         Raises:
             AssertionError: a shape or the dtype of a mask does not fit, as in the parent class.
             RuntimeError: a size, dtype or device does not fit, as in the parent class.
-            TypeError: query, key, value or a mask is no tensor, a flag is no bool, or `cache` is not the cache of an
-                attention module.
+            TypeError: query, key, value, a mask or key_ranges is no tensor, key_ranges are not int32, a flag is no
+                bool, or `cache` is not the cache of an attention module.
             ValueError: the cache or key_ranges does not fit the call, or a `CrossAttentionCache` was filled with
                 another `key`.
         """
@@ -354,7 +354,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 if call is not None:
                     return call.run(), None
         if key_ranges is not None:
-            key_ranges = ranges_of_heads(key_ranges, query, self.num_heads, self.batch_first)
+            key_ranges = ranges_of_heads("key_ranges", key_ranges, query, self)
         arguments = (key_padding_mask, attn_mask, is_causal, average_attn_weights if need_weights else None, key_ranges)
         if cache is None:
             return self._dense_forward(query, key, value, *arguments)
@@ -817,8 +817,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             rows.append(x.new_zeros(*x.shape[:2], 1, self.head_dim))
         return torch.cat(rows, dim=2) if len(rows) > 1 else x
 
-    #: Whether `key_ranges` may be passed.
-    takes_key_ranges = True
+    @property
+    def takes_key_ranges(self) -> bool:
+        """Whether ranges of keys may be passed. A subclass may have a forward with torch's signature."""
+        return accepts(self.forward, "key_ranges")
 
     #: Whether is_causal=True without a mask is the causal mask. Wrappers of the module (checkpoint, compile) pass this
     #: attribute on.
@@ -890,7 +892,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         """Ranges (..., R, 2) of S keys, with a further range of the rows that `_append_rows` appends to the keys."""
         if key_ranges is None or not self._num_appended:
             return key_ranges
-        appended = key_ranges.new_tensor([seqlen_k, seqlen_k + self._num_appended])
+        # A tensor of numbers of Python would be a constant in a traced graph, and a copy for which a GPU waits.
+        end = seqlen_k + self._num_appended
+        appended = torch.arange(seqlen_k, end + 1, self._num_appended, dtype=torch.int32, device=key_ranges.device)
         return torch.cat([key_ranges, appended.expand(*key_ranges.shape[:-2], 1, 2)], dim=-2)
 
     def _drop_kv_rows(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias_offset
+from fused_attn.nn.arguments import batch_layout
 from fused_attn.nn.self_attention_cache import CachedRows, lower_right
 
 
@@ -49,22 +50,36 @@ def without_padded_queries(mask: Mask, padding: Tensor) -> tuple[Tensor | None, 
     return mask.attn_mask, mask.attn_mask is None
 
 
-def ranges_of_heads(key_ranges: Tensor, query: Tensor, num_heads: int, batch_first: bool) -> Tensor:
+def ranges_of_heads(name: str, key_ranges: Tensor, query: Tensor, attention: Any) -> Tensor:
     """The ranges of a call as `fused_attention` takes them: (L, R, 2), (N|1, 1, L, R, 2) or (N|1, H|1, L, R, 2).
 
+    Raises TypeError or ValueError if the ranges do not fit.
+
+    name: of the argument that the caller has given
     query: (N, L, E) or (L, N, E), or (L, E), whose N is 1
+    attention: the module, whose batch_first counts, and its num_heads if it has any
     """
-    checks.check_tensor("key_ranges", key_ranges)
-    seqlen, batch = query.shape[0], 1
+    checks.check_tensor(name, key_ranges)
+    if key_ranges.dtype != torch.int32:
+        raise TypeError(f"{name}: expected dtype torch.int32, got {key_ranges.dtype}")
+    if key_ranges.device != query.device:
+        raise checks.fail(name, f"the device of the queries, {query.device}", key_ranges.device)
+    num_heads, batch_first = getattr(attention, "num_heads", None), attention.batch_first
+    seqlen, batch, hint = query.shape[0], 1, ""
     if query.dim() == 3:
         batch, seqlen = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])
+        hint = f"; {batch_layout(batch_first)}"
     shape = key_ranges.shape
     fits = 3 <= len(shape) <= 5 and shape[-3] == seqlen and shape[-2] > 0 and shape[-1] == 2
-    fits = fits and (len(shape) == 3 or shape[0] in (1, batch)) and (len(shape) < 5 or shape[1] in (1, num_heads))
+    fits = (
+        fits
+        and (len(shape) == 3 or shape[0] in (1, batch))
+        and (len(shape) < 5 or num_heads is None or shape[1] in (1, num_heads))
+    )
     if not fits:
         expected = "(L, R, 2), (N, L, R, 2) or (N, H, L, R, 2)"
         sizes = f"L = {seqlen}, N = {batch} or 1, and H = {num_heads} or 1"
-        raise checks.fail("key_ranges", f"shape {expected} with {sizes}", f"shape {tuple(shape)}")
+        raise checks.fail(name, f"shape {expected} with {sizes}", f"shape {tuple(shape)}{hint}")
     return key_ranges.unsqueeze(1) if len(shape) == 4 else key_ranges
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
-from fused_attn.nn.arguments import batch_layout, check_divides, check_mask_dtype, check_sizes
+from fused_attn.nn.arguments import accepts, batch_layout, check_divides, check_mask_dtype, check_sizes
 from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn.nn.attention_mask import ranges_of_heads
 
 if TYPE_CHECKING:
     from fused_attn.nn.cache import CrossAttentionCache
@@ -83,16 +84,41 @@ def check_decoder_masks(
     checks.check_flag("memory_is_causal", memory_is_causal)
 
 
-def check_takes_ranges(layers: Iterable[nn.Module], **ranges: Tensor) -> None:
-    """Raises ValueError if ranges of keys are given, and a layer takes none. ranges: by the names of the arguments
+def takes_ranges(block: Callable, attention: Any) -> bool:
+    """Whether a block of a layer, which calls this attention module, may get ranges of keys."""
+    return accepts(block, "key_ranges") and getattr(attention, "takes_key_ranges", False)
 
-    Raises TypeError if ranges are no tensor.
+
+def check_ranges(name: str, ranges: Tensor | None, query: Tensor, block: Callable, attention: Any) -> None:
+    """Raises TypeError or ValueError if a layer takes no ranges of keys, or if the given ones do not fit.
+
+    name: the argument of the layer
+    block, attention: what gets the ranges, see `takes_ranges`
+    """
+    checks.check_tensors(**{name: ranges})
+    if ranges is None:
+        return
+    if not takes_ranges(block, attention):
+        raise checks.fail(
+            name, f"None, since {block.__qualname__} or {type(attention).__name__} takes none", "a tensor"
+        )
+    ranges_of_heads(name, ranges, query, attention)
+
+
+def check_takes_ranges(layers: Iterable[nn.Module], **ranges: Tensor) -> None:
+    """Raises an error if ranges of keys are given that are no tensor, or that a layer does not take.
+
+    layers: those of a stack, or a stack of a foreign class
+    ranges: by the names of their arguments
     """
     checks.check_tensors(**ranges)
     for name in ranges:
-        for layer in layers:
-            if not getattr(layer, "takes_key_ranges", False):
-                raise checks.fail(name, f"None, since {type(layer).__name__} takes no ranges", "a tensor")
+        for i, layer in enumerate(layers):
+            # A layer without takes_is_causal gets what torch's own stacks pass, which have no ranges.
+            if not (getattr(layer, "takes_key_ranges", False) and getattr(layer, "takes_is_causal", False)):
+                attention = type(getattr(layer, "self_attn", None)).__name__
+                which = f"layer {i}, {type(layer).__name__} with {attention}, takes none"
+                raise checks.fail(name, f"None, since {which}", "a tensor")
 
 
 def check_memory(

@@ -43,8 +43,10 @@ from fused_attn.nn.layer_checks import (
     check_layer,
     check_memory,
     check_module,
+    check_ranges,
     check_stack,
     check_takes_ranges,
+    takes_ranges,
 )
 from fused_attn.nn.paged_self_attention import paged_hint
 from fused_attn.nn.plain import FORWARDS, is_called_plainly, is_plain_linear
@@ -120,11 +122,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             is_causal: a hint that src_mask is the causal mask, see `FusedMultiheadAttention`. Without a src_mask,
                 is_causal=True means the causal mask itself.
             src_key_ranges: (S, R, 2), (N, S, R, 2) or (N, nhead, S, R, 2) int32, the R ranges of keys that a query
-                sees, see `fused_attention`. The batch comes first with either batch_first.
+                sees, see `fused_attention`. The batch comes first whether batch_first is True or False.
 
         Raises:
             AssertionError, RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
-            ValueError: src_key_ranges does not fit.
+            TypeError, ValueError: src_key_ranges does not fit.
         """
         if has_torch_function_variadic(src):
             options = given(src_key_ranges=src_key_ranges)
@@ -137,6 +139,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         )
         checks.check_flag("is_causal", is_causal)
         masks, ranges = (src_mask, src_key_padding_mask, is_causal), given(key_ranges=src_key_ranges)
+        if ranges:
+            check_ranges("src_key_ranges", src_key_ranges, src, self._sa_block, self.self_attn)
         is_native = native_layer.is_plain(self, ENCODER_BLOCKS)
         step = native_layer.self_attention(self, src, masks) if is_native and not ranges else None
         x = step.run() if step else _residual(self, src, self.norm1, lambda y: self._sa_block(y, *masks, **ranges))
@@ -164,7 +168,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     @property
     def takes_key_ranges(self) -> bool:
         """Whether src_key_ranges may be passed. The class of the self-attention decides this."""
-        return _takes_ranges(self._sa_block, self.self_attn)
+        return accepts(self.forward, "src_key_ranges") and takes_ranges(self._sa_block, self.self_attn)
 
 
 ENCODER_BLOCKS = native_layer.blocks_of(TransformerEncoderLayer)
@@ -237,7 +241,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         Raises:
             AssertionError: src is a nested tensor, or src or a mask does not fit.
             RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
-            ValueError: src_key_ranges does not fit, or a layer takes none.
+            TypeError, ValueError: src_key_ranges does not fit, or a layer takes none.
         """
         if has_torch_function_variadic(src):
             options = given(src_key_ranges=src_key_ranges)
@@ -264,11 +268,6 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     #: Whether is_causal=True without a mask is the causal mask. This holds for layers of any class.
     takes_is_causal = True
-
-    @property
-    def takes_key_ranges(self) -> bool:
-        """Whether ranges of keys may be passed. Every layer must take them."""
-        return all(getattr(layer, "takes_key_ranges", False) for layer in self.layers)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -355,7 +354,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 tgt_is_causal=True means the causal mask itself.
             memory_is_causal: the same hint for memory_mask.
             tgt_key_ranges: (T, R, 2), (N, T, R, 2) or (N, nhead, T, R, 2) int32, the R ranges of targets that a target
-                sees, see `fused_attention`. The batch comes first with either batch_first. None with a cache.
+                sees, see `fused_attention`. The batch comes first whether batch_first is True or False. None with a
+                cache.
             memory_key_ranges: of the same shapes, the ranges of rows of the memory that a target sees.
             cache: the part of a `KVCache` that belongs to this layer, ``cache.layers[i]``. Self-attention is then
                 causal without a tgt_mask. Keys and values of the memory are computed in the first step alone, unless
@@ -363,7 +363,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
         Raises:
             AssertionError, RuntimeError: tgt, memory or a mask does not fit, see `FusedMultiheadAttention`.
-            TypeError: `cache` is not the cache of a layer.
+            TypeError: `cache` is not the cache of a layer, or ranges are no int32 tensor.
             ValueError: the cache or the ranges do not fit the call.
         """
         if has_torch_function_variadic(tgt, memory):
@@ -388,6 +388,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         # A subclass may override _mha_block with torch's signature, which has no cache. So the cache is passed only if
         # the method accepts it.
         own, cross = given(key_ranges=tgt_key_ranges), given(key_ranges=memory_key_ranges)
+        if tgt_key_ranges is not None:
+            check_ranges("tgt_key_ranges", tgt_key_ranges, tgt, self._sa_block, self.self_attn)
+            if cache is not None:
+                raise checks.fail("tgt_key_ranges", "None with a cache", "a tensor")
+        if memory_key_ranges is not None:
+            check_ranges("memory_key_ranges", memory_key_ranges, tgt, self._mha_block, self.multihead_attn)
         if cache is not None:
             own["cache"] = cache.self_attention
             if accepts(self._mha_block, "cache"):
@@ -424,7 +430,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     @property
     def takes_key_ranges(self) -> bool:
         """Whether ranges of keys may be passed. The classes of the attention modules decide this."""
-        return _takes_ranges(self._sa_block, self.self_attn) and _takes_ranges(self._mha_block, self.multihead_attn)
+        blocks = (self._sa_block, self.self_attn), (self._mha_block, self.multihead_attn)
+        return accepts(self.forward, "tgt_key_ranges") and all(takes_ranges(*block) for block in blocks)
 
     def _sa_block(
         self,
@@ -535,7 +542,7 @@ class TransformerDecoder(nn.TransformerDecoder):
 
         Raises:
             AssertionError, RuntimeError: tgt, memory or a mask does not fit, see `FusedMultiheadAttention`.
-            TypeError: the cache is no `KVCache`.
+            TypeError: the cache is no `KVCache`, or ranges are no int32 tensor.
             ValueError: the cache has another number of layers, the cache was filled with another memory, the ranges do
                 not fit, or a layer takes no cache or no ranges.
         """
@@ -642,11 +649,6 @@ class TransformerDecoder(nn.TransformerDecoder):
     takes_is_causal = True
 
     @property
-    def takes_key_ranges(self) -> bool:
-        """Whether ranges of keys may be passed. Every layer must take them."""
-        return all(getattr(layer, "takes_key_ranges", False) for layer in self.layers)
-
-    @property
     def takes_cache(self) -> bool:
         """Whether a cache may be passed. Every layer must take its part of the cache."""
         return all(getattr(layer, "takes_cache", False) for layer in self.layers)
@@ -744,13 +746,15 @@ class Transformer(nn.Transformer):
             src: input of the encoder, (S, N, E), or (N, S, E) with batch_first, or (S, E).
             tgt: input of the decoder, (T, N, E), or (N, T, E) with batch_first, or (T, E).
 
-        The other arguments are those of `TransformerEncoder` and `TransformerDecoder`.
+        The other arguments are those of `TransformerEncoder` and `TransformerDecoder`. A hint such as
+        tgt_is_causal=True needs its mask, as in the parent class. ``torch.nn.attention.bias.causal_upper_left(T, T)``
+        is a causal mask without memory.
 
         Raises:
             AssertionError: an input or a mask does not fit, see `FusedMultiheadAttention`.
             RuntimeError: src and tgt have different batch sizes, or a hint such as tgt_is_causal=True comes without its
                 mask.
-            ValueError: ranges of keys do not fit, or a layer takes none.
+            TypeError, ValueError: ranges of keys do not fit, or a layer takes none.
         """
         of_encoder = given(src_key_ranges=src_key_ranges)
         of_decoder = given(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
@@ -784,8 +788,8 @@ class Transformer(nn.Transformer):
         for name, x in (("src", src), ("tgt", tgt)):
             if x.shape[-1] != self.d_model:
                 raise RuntimeError(f"{name}: expected d_model={self.d_model} features, got shape {tuple(x.shape)}")
-        check_takes_ranges([self.encoder], **of_encoder)
-        check_takes_ranges([self.decoder], **of_decoder)
+        check_takes_ranges(getattr(self.encoder, "layers", [self.encoder]), **of_encoder)
+        check_takes_ranges(getattr(self.decoder, "layers", [self.decoder]), **of_decoder)
         memory = self.encoder(
             src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal, **of_encoder
         )
@@ -794,11 +798,6 @@ class Transformer(nn.Transformer):
             memory_key_padding_mask=memory_key_padding_mask, tgt_is_causal=tgt_is_causal,
             memory_is_causal=memory_is_causal, **of_decoder,
         )  # fmt: skip
-
-
-def _takes_ranges(block: Callable, attention: nn.Module) -> bool:
-    """Whether a block of a layer, which calls this attention module, may get ranges of keys."""
-    return accepts(block, "key_ranges") and getattr(attention, "takes_key_ranges", False)
 
 
 def _residual(layer: Any, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:

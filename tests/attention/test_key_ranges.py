@@ -48,11 +48,13 @@ def test_segments_are_runs_of_equal_ids(shape: tuple[int, ...], dtype: torch.dty
     assert torch.equal(visible, segment[..., :, None] == segment[..., None, :])
 
 
-def test_segments_need_no_synchronisation():
+def test_segments_are_transformed_and_traced():
     ids = torch.tensor([[4, 4, 2], [1, 1, 1]])
     assert torch.equal(torch.func.vmap(key_ranges_of_segments)(ids), key_ranges_of_segments(ids))
     compiled = torch.compile(key_ranges_of_segments, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ids), key_ranges_of_segments(ids))
+    traced = torch.fx.symbolic_trace(lambda ids: key_ranges_of_segments(ids) + 0)
+    assert torch.equal(traced(ids), key_ranges_of_segments(ids))
     assert key_ranges_of_segments(ids.to("meta")).shape == (2, 3, 1, 2)
 
 
@@ -61,6 +63,11 @@ def test_segments_need_no_synchronisation():
     [
         ([0, 1], TypeError, "segment_ids: expected a tensor, got list"),
         (torch.ones(2), TypeError, r"segment_ids: expected integers, got torch\.float32"),
+        (
+            torch.ones(2, 2).int().to_sparse(),
+            ValueError,
+            "segment_ids: expected a dense tensor, got a nested or sparse",
+        ),
         (torch.tensor(1), ValueError, r"segment_ids: expected shape \(\.\.\., L\), got a tensor without dimensions"),
     ],
 )

@@ -235,23 +235,97 @@ def test_errors():
         module(nested, nested, nested, need_weights=False, key_ranges=ranges)
 
     decoder = TransformerDecoder(TransformerDecoderLayer(**LAYER), 1)
-    with pytest.raises(ValueError, match="key_ranges: expected None with a self-attention cache"):
+    with pytest.raises(ValueError, match="tgt_key_ranges: expected None with a cache"):
         decoder(rows, rows, tgt_key_ranges=ranges, cache=KVCache(1))
+    cache = KVCache(1).layers[0].self_attention
+    with pytest.raises(ValueError, match="key_ranges: expected None with a self-attention cache"):
+        module(rows, rows, rows, need_weights=False, key_ranges=ranges, cache=cache)
     for name in ("tgt_key_ranges", "memory_key_ranges"):
         with pytest.raises(TypeError, match=f"{name}: expected a tensor"):
             decoder(rows, rows, **{name: 3})
+        with pytest.raises(ValueError, match=rf"{name}: expected shape .*; batch_first=True means inputs \(N, L, E\)"):
+            decoder(rows, rows, **{name: ranges[:, :5]})
     encoder = TransformerEncoder(TransformerEncoderLayer(**LAYER), 1)
     with pytest.raises(TypeError, match="src_key_ranges: expected a tensor"):
         encoder(rows, src_key_ranges=3)
+    with pytest.raises(TypeError, match=r"src_key_ranges: expected dtype torch\.int32, got torch\.int64"):
+        encoder(rows, src_key_ranges=ranges.long())
+    with pytest.raises(ValueError, match="src_key_ranges: expected the device of the queries, cpu, got meta"):
+        encoder(rows, src_key_ranges=ranges.to("meta"))
+
+
+class OtherForward(TransformerEncoderLayer):
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+
+class OtherBlock(TransformerEncoderLayer):
+    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
+        return super()._sa_block(x, attn_mask, key_padding_mask, is_causal)
+
+
+class ForeignLayer(nn.Module):
+    """A layer that takes ranges, but not is_causal=True without a mask."""
+
+    takes_key_ranges = True
+
+    def __init__(self, layer: TransformerEncoderLayer):
+        super().__init__()
+        self.layer, self.self_attn = layer, layer.self_attn
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
 
 
 def test_layers_that_take_no_ranges():
     ranges, rows = ranges_of("each entry"), x(1)
-    encoder = TransformerEncoder(TransformerEncoderLayer(**LAYER), 2)
-    encoder.layers[1].self_attn = OtherAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64)
-    message = "src_key_ranges: expected None, since TransformerEncoderLayer takes no ranges"
-    with pytest.raises(ValueError, match=message):
-        encoder(rows, src_key_ranges=ranges)
+    foreign = TransformerEncoderLayer(**LAYER)
+    foreign.self_attn = OtherAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64)
+    layers = foreign, OtherForward(**LAYER), OtherBlock(**LAYER), ForeignLayer(TransformerEncoderLayer(**LAYER))
+    for layer in layers:
+        encoder = TransformerEncoder(TransformerEncoderLayer(**LAYER), 2)
+        encoder.layers[1] = layer
+        message = f"src_key_ranges: expected None, since layer 1, {type(layer).__name__} with .*, takes none"
+        with pytest.raises(ValueError, match=message):
+            encoder(rows, src_key_ranges=ranges)
+    with pytest.raises(
+        ValueError, match=r"src_key_ranges: expected None, since .*_sa_block or OtherAttention takes none"
+    ):
+        foreign(rows, src_key_ranges=ranges)
     model = Transformer(**LAYER, num_encoder_layers=1, num_decoder_layers=1, custom_decoder=nn.Identity())
-    with pytest.raises(ValueError, match="memory_key_ranges: expected None, since Identity takes no ranges"):
+    with pytest.raises(ValueError, match="memory_key_ranges: expected None, since layer 0, Identity with NoneType"):
         model(rows, rows, memory_key_ranges=ranges)
+
+
+def test_one_block_of_a_decoder_takes_ranges():
+    ranges, rows = ranges_of("each entry"), x(1)
+    layer = TransformerDecoderLayer(**LAYER, dropout=0.0)
+    layer.multihead_attn = OtherAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64)
+    torch.testing.assert_close(layer(rows, rows, tgt_key_ranges=ranges), layer(rows, rows, tgt_mask=dense(ranges)))
+    with pytest.raises(ValueError, match="memory_key_ranges: expected None"):
+        layer(rows, rows, memory_key_ranges=ranges)
+
+
+@pytest.mark.parametrize("options", ({}, {"add_bias_kv": True, "add_zero_attn": True}), ids=str)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_calls_take_other_lengths(options):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention(**options)
+
+        def forward(self, rows, ids):
+            ranges = key_ranges_of_segments(ids)
+            return self.attention(rows, rows, rows, need_weights=False, key_ranges=ranges)[0]
+
+    model, rows = Model().eval(), x(1).detach()
+    traced = torch.jit.trace(model, (rows, DOCUMENTS), check_trace=False)
+    for length in (9, 5):
+        part, ids = rows[:, :length], DOCUMENTS[:, :length]
+        torch.testing.assert_close(traced(part, ids), model(part, ids))
+    exported = torch.export.export(
+        model,
+        (rows, DOCUMENTS),
+        dynamic_shapes=({1: torch.export.Dim("L", max=64)}, {1: torch.export.Dim("L", max=64)}),
+    ).module()
+    torch.testing.assert_close(exported(rows[:, :5], DOCUMENTS[:, :5]), model(rows[:, :5], DOCUMENTS[:, :5]))
