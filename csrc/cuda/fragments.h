@@ -98,19 +98,26 @@ GPU_DEVICE void exchange_in_row(uint32_t (&words)[4], Lane lane) {
   }
 }
 
-// Writes row r of the fragment, multiplied by `factor` and rounded to T, to global memory. Each thread has 4 bytes of
-// every tile of its row. The four threads of the row exchange these bytes, so that each thread writes 16 bytes at once.
-// is_row says whether the row exists; memory has `columns` of its columns, a multiple of 8. All lanes of the warp call
-// this.
+// Writes four tiles of a row to global memory, from tile `first` on. Each thread has 4 bytes of every tile. The four
+// threads of the row exchange these bytes, in `words`, so that each thread writes 16 bytes at once. is_row says whether
+// the row exists; memory has `columns` of its columns, a multiple of 8. All lanes of the warp call this.
+template <class T>
+GPU_DEVICE void store_words(T* row, uint32_t (&words)[4], int first, bool is_row, int columns, Lane lane) {
+  exchange_in_row(words, lane);
+  const int column = 8 * (first + lane.q);
+  if (is_row && column < columns)
+    store_global(reinterpret_cast<Vec4*>(row + column), Vec4{words[0], words[1], words[2], words[3]});
+}
+
+// Writes row r of the fragment, multiplied by `factor` and rounded to T, to global memory. is_row and columns: see
+// store_words. All lanes of the warp call this.
 template <class T, int kTiles>
 GPU_DEVICE void store_row(T* row, const float (&x)[kTiles][4], int r, float factor, bool is_row, int columns,
                           Lane lane) {
   GPU_UNROLL for (int t = 0; t < kTiles; t += 4) {
     uint32_t words[4];
     GPU_UNROLL for (int i = 0; i < 4; ++i) words[i] = pack<T>(x[t + i][2 * r] * factor, x[t + i][2 * r + 1] * factor);
-    exchange_in_row(words, lane);
-    if (is_row && 8 * (t + lane.q) < columns)
-      store_global(reinterpret_cast<Vec4*>(row + 8 * (t + lane.q)), Vec4{words[0], words[1], words[2], words[3]});
+    store_words(row, words, t, is_row, columns, lane);
   }
 }
 

@@ -26,12 +26,13 @@ import sys
 import warnings
 from collections.abc import Collection
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_attn.api import fused_attention, fused_attention_varlen
+from fused_attn.attention.key_ranges import key_ranges_of_segments
 from fused_attn.backends.dispatch import BACKEND_NAMES
 
 try:
@@ -292,8 +293,9 @@ def attention_mask_of(
           A band is expanded, so it takes O(B S) memory. A band that is given as `attention_mask` is returned.
         - (B|1, 1, 1, 1, 1) int32: the number of keys so far. The queries are the newest ones, and causal.
         - (B, 1, 1, S) bool: padding. True = attend.
-        - (B, 1, L, L + window, 1) bool, L > 1: sequences that are packed into one batch entry, causal. True = attend.
-          The columns after the L keys carry a number by their count: how many keys a query sees, and 0 means all.
+        - (B|1, 1, L, 1 + window, 2) int32, L > 1: sequences that are packed into one batch entry, causal. For each
+          query, begin and end of its sequence. The range is expanded, to carry the window by the size of a dimension:
+          how many keys a query sees, and 0 means all. So the mask takes O(B L) memory.
         - (B, 1, L, S) bool, made by transformers' own ``sdpa_mask``: every other mask. True = attend.
 
     Raises:
@@ -338,15 +340,15 @@ def attention_mask_of(
         return (q_offset + q_length).to(torch.int32).view(-1, 1, 1, 1, 1)
     if q_length == 1 and allow_is_causal_skip and padding is None and (local_size is None or kv_length < local_size):
         return None
+    packed = None if needs_dense or padding is not None else _packed(mask_function)
+    if packed is not None and 1 < q_length == kv_length and kv_offset == 0 and _is_zero(q_offset):
+        ranges = key_ranges_of_segments(packed.sequences)[:, None]  # (B|1, 1, L, 1, 2)
+        return ranges.expand(-1, -1, -1, 1 + (packed.window if packed.window < q_length else 0), -1)
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask = sdpa_mask(
+    return sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, **options,
     )  # fmt: skip
-    window = None if needs_dense or padding is not None else _packed_window(mask_function)
-    if window is None or not 1 < q_length == kv_length:
-        return mask
-    return nn.functional.pad(mask, (0, window if window < q_length else 0))[..., None]
 
 
 def _register() -> None:
@@ -392,8 +394,8 @@ def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: boo
         if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
             return {"key_padding_mask": ~mask[:, 0, 0].expand(query.shape[0], -1)}
         return {"attn_mask": mask}
-    if mask.ndim == 5 and mask.shape[2] > 1:  # packed sequences, without the columns that carry the window
-        return {"attn_mask": mask[:, :, :, : mask.shape[2], 0]}
+    if _is_packed(mask):
+        return _packed_band(mask) | {"key_ranges": mask[:, :, :, :1]}
     if mask.ndim == 5 and mask.dtype == torch.int32:
         lengths = mask.flatten().expand(query.shape[0])
         if query.shape[2] == 1:
@@ -415,9 +417,8 @@ def _packed_masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_caus
     These are the arguments of `fused_attention_varlen`, or only an ``attn_mask`` (1, 1, L, S) that may let queries see
     keys of other sequences.
     """
-    if mask is not None and mask.ndim == 5 and mask.shape[2] > 1:
-        window = mask.shape[3] - mask.shape[2]
-        return {"is_causal": True} if window == 0 else {"window_size": (window - 1, 0)}
+    if mask is not None and _is_packed(mask):
+        return _packed_band(mask)
     if mask is not None and mask.ndim == 4 and mask.shape[2] > 1 and mask.dtype == torch.bool:
         if getattr(getattr(module, "config", None), "attention_chunk_size", None) is not None:
             raise ValueError(
@@ -434,8 +435,30 @@ def _packed_masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_caus
     return masks
 
 
-def _packed_window(mask_function) -> int | None:
-    """The window of sequences that are packed into one row and causal. 0 means no window. None means another mask.
+class _Packed(NamedTuple):
+    """Sequences that are packed into one row and causal.
+
+    sequences: (B, L) integers, the number of the sequence of each token
+    window: how many keys a query sees; 0 = all
+    """
+
+    sequences: Tensor
+    window: int
+
+
+def _is_packed(mask: Tensor) -> bool:
+    """Whether a mask of `attention_mask_of` holds the ranges of packed sequences."""
+    return mask.ndim == 5 and mask.dtype == torch.int32 and mask.shape[2] > 1
+
+
+def _packed_band(mask: Tensor) -> dict[str, Any]:
+    """The arguments of `fused_attention` for the band of packed sequences."""
+    window = mask.shape[3] - 1
+    return {"is_causal": True} if window == 0 else {"window_size": (window - 1, 0)}
+
+
+def _packed(mask_function) -> _Packed | None:
+    """The packed sequences of a mask function. None means another mask.
 
     Only the mask functions of transformers are known, so whatever a model adds to them makes another mask. While torch
     compiles, every mask is another mask, because dynamo shows no closures.
@@ -444,19 +467,22 @@ def _packed_window(mask_function) -> int | None:
     if packed is None or len(packed["mask_functions"]) != 2:
         return None
     inner, same_sequence = packed["mask_functions"]
-    if _closure(same_sequence, packed_sequence_mask_function(None)) is None:
+    sequences = (_closure(same_sequence, packed_sequence_mask_function(None)) or {}).get("packed_sequence_mask")
+    if sequences is None:
         return None
     # Newer versions count positions from the start of each sequence. This changes neither of the two masks below.
     if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
         remapped = _closure(inner, masking_utils.remap_positions_for_packed_sequence(None, None))
         inner = inner if remapped is None else remapped["mask_function"]
     if inner is causal_mask_function:
-        return 0
+        return _Packed(sequences, 0)
     parts = (_closure(inner, and_masks()) or {}).get("mask_functions", ())
     if len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
     window = _closure(parts[0], sliding_window_overlay(1))
-    return None if window is None or window["sliding_window"] < 1 else window["sliding_window"]
+    if window is None or window["sliding_window"] < 1:
+        return None
+    return _Packed(sequences, window["sliding_window"])
 
 
 def _closure(function: Any, like: Any) -> dict[str, Any] | None:

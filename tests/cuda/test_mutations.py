@@ -838,7 +838,7 @@ BUGS = [
     ),
     Bug(
         "dq-stored-past-the-end", 90, "one-block", "sm90/fused_backward_dq.h",
-        "if (rows_left > 0 && 8 * t < columns)", "if ((@ || rows_left > 0) && 8 * t < columns)",
+        "store_words(to, words, t, rows_left > 0,", "store_words(to, words, t, @ || rows_left > 0,",
     ),
     Bug(
         "halves-of-dq-swapped", 90, "one-block", "sm90/fused_backward_dq.h",

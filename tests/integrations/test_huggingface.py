@@ -516,15 +516,25 @@ def test_packed_sequences_take_no_padding(name: str) -> None:
         packed_call(BY_ID[name], attention_mask=padding)
 
 
-@pytest.mark.parametrize("case", [BY_ID["llama"], BY_ID["mistral"]], ids=lambda case: case.id)
-def test_packed_sequences_by_positions_alone(case: Case) -> None:
+@pytest.mark.parametrize("case", [BY_ID["llama"], BY_ID["mistral"], PHIMOE], ids=lambda case: case.id)
+def test_packed_sequences_by_positions_alone(case: Case, calls: list[dict]) -> None:
+    """Each row has sequences of its own. Their mask takes O(B L) memory."""
     tokens = case.inputs(None)["input_ids"]
-    positions = torch.cat((torch.arange(5), torch.arange(LENGTH - 5))).expand(BATCH, -1)
+    lengths = ([5, LENGTH - 5], [2, 1, LENGTH - 3])[:BATCH]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     expected, found = (
         model(tokens, position_ids=positions, use_cache=False).logits
         for model in (eager(case, torch.float64), fused(case, torch.float64))
     )
     torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-9)
+    window = case.settings.get("sliding_window")
+    band = {"is_causal": True} if window is None else {"window_size": (window - 1, 0)}
+    for call in calls:
+        assert call["key_ranges"].shape == (BATCH, 1, LENGTH, 1, 2)
+        assert call["key_ranges"].untyped_storage().nbytes() == BATCH * LENGTH * 2 * 4
+        assert call.keys() & {"attn_mask", "is_causal", "window_size"} == band.keys()
+        assert band.items() <= call.items()
+    assert calls
 
 
 # ---- The bias of T5

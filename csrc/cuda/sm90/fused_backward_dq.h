@@ -65,14 +65,13 @@ GPU_DEVICE void add_dq(const Params& p, uint32_t shared, const FusedBackwardRing
 // Multiplies the part of consumer warpgroup `group` by the scale, rounds it, and writes it to dq. All lanes of a warp
 // call this. The preparation kernel has set to zero the rows that no step visits.
 //
-// The plain kernel leaves 24 registers for a thread. So the pointer is carried from one row to the next, and each
-// thread writes 4 bytes at a time. Two rows at a time would spill registers. So would words that threads exchange, as
-// in store_row.
+// The plain kernel leaves 24 registers for a thread. So the pointer is carried from one row to the next, and a thread
+// has one row at a time. With two rows at a time, registers spill.
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_DEVICE void store_dq(const Params& p, uint32_t shared, const FusedBackwardRings<kHeadDim, kIsGeneral>& rings,
                          int group) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
-  const int first_column = Plan::kSplitsRows ? 0 : group * Plan::kOwnColumns, columns = p.dq.columns - first_column;
+  const int first_column = Plan::kSplitsRows ? 0 : group * Plan::kOwnColumns;
   KeyBlockReader<kHeadDim, kIsGeneral> reader{shared, rings.work, {}};
   uint32_t step = 0;  // over all blocks of keys
   while (true) {
@@ -88,12 +87,15 @@ GPU_DEVICE void store_dq(const Params& p, uint32_t shared, const FusedBackwardRi
       const int row = at.tile() * Plan::kBlockM + (Plan::kSplitsRows ? 64 * group : 0) + lane.g;
       uint32_t source = shared + Plan::kDq + group * Plan::kOwnDqBytes + lane.index * 16;
       int rows_left = b.seqlen_q() - row;
-      T* to = b.query_row<T>(p.dq, at.head(), row) + first_column + 2 * lane.q;
+      T* to = b.query_row<T>(p.dq, at.head(), row) + first_column;
       GPU_NO_UNROLL for (int pass = 0; pass < 2 * kWarpsPerWarpgroup && warp_any(rows_left > 0); ++pass) {
-        GPU_UNROLL for (int t = 0; t < Plan::kOwnColumns / 8; ++t) {
-          const Float2 x = load_shared<Float2>(source + t * (kWarpgroup * 16));
-          if (rows_left > 0 && 8 * t < columns)
-            store_global(reinterpret_cast<uint32_t*>(to + 8 * t), pack<T>(x.x * p.scale, x.y * p.scale));
+        GPU_UNROLL for (int t = 0; t < Plan::kOwnColumns / 8; t += 4) {
+          uint32_t words[4];
+          GPU_UNROLL for (int i = 0; i < 4; ++i) {
+            const Float2 x = load_shared<Float2>(source + (t + i) * (kWarpgroup * 16));
+            words[i] = pack<T>(x.x * p.scale, x.y * p.scale);
+          }
+          store_words(to, words, t, rows_left > 0, p.dq.columns - first_column, lane);
         }
         source += pass % 2 == 0 ? 8 : 32 * 16 - 8;
         rows_left -= 8;
