@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def one_block(name: str, **changes) -> Case:
-    """200 queries of each of two heads with 100 keys: several tiles of queries, of which the last one is not full."""
-    sizes = {"heads": 2, "batch": 2, "seqlen_q": 200, "seqlen_k": 100, "head_dim": 64}
+    """197 queries of each of two heads with 100 keys: several tiles of queries, of which the last one is not full."""
+    sizes = {"heads": 2, "batch": 2, "seqlen_q": 197, "seqlen_k": 100, "head_dim": 64}
     return Case(name, **sizes | changes)
 
 
@@ -44,7 +44,7 @@ CASES = [
     one_block("one-key", seqlen_k=1),
     one_block("layout", query_layout="blhd", kv_layout="blhd", dout_layout="blhd"),
     one_block("causal-upper-left", options={"is_causal": True}),
-    one_block("causal-at-the-end", attn_mask=cases.lower_right),  # the first 100 queries see no key
+    one_block("causal-at-the-end", attn_mask=cases.lower_right),  # the first 97 queries see no key
     one_block("window", options={"window_size": (10, 3)}),  # the last queries see no key
     # The last query is a tile of its own, and sees no key.
     one_block("window-of-no-key", seqlen_q=129, seqlen_k=128, options={"window_size": (0, -1)}),
