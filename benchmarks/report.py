@@ -108,13 +108,8 @@ def _about(rows: list[Row], *fields: str) -> str:
 
 
 def summary_table(rows: list[Row]) -> str:
-    """A line for each device, dtype and direction, with the ratio of the fastest other implementation to ours.
-
-    Of the CPUs, only the one that was measured last has lines: the kernels have changed since the others were measured.
-    """
-    of_cpus = select(rows, benchmark="masks")
-    latest = max(of_cpus, key=lambda row: row["date"])["device"] if of_cpus else None
-    measured = [row for row in rows if is_of_a_gpu(row)] + select(of_cpus, device=latest)
+    """A line for each device, dtype and direction, with the ratio of the fastest other implementation to ours."""
+    measured = [row for row in rows if is_of_a_gpu(row)] + select(rows, benchmark="masks")
     lines = []
     for group in summary.groups(measured, ("device", "dtype", "direction")):
         cells = [_mean_and_range(_leads([row for row in group if row["mask"] in masks])) for masks in SUMMARY.values()]

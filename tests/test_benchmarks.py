@@ -1040,14 +1040,15 @@ def test_the_summary_has_one_line_for_each_device_dtype_and_direction() -> None:
     cpu = [
         attention._row_of(Case(1, 4, length, 64, "padded", "float32", "forward"), name)
         | {"benchmark": "masks", "device": device, "date": date} | fields
-        for device, date in (("Test CPU", "2026-11-25"), ("older CPU", "2026-11-24"))  # the older one has no line
+        for device, date in (("Test CPU", "2026-11-25"), ("another CPU", "2026-11-24"))
         for length in (512, 1024)
         for name, fields in ((OURS, {"median_ms": 1.0}), ("torch", {"median_ms": 2.0, "over_ours": length / 256}))
     ]  # fmt: skip
     table = report.summary_table([*gpu_rows(), *cpu]).splitlines()
-    assert table[-2:] == [
+    assert table[-3:] == [
         "| NVIDIA Test | bfloat16 forward | - | 1.50 [1.50, 1.50] | 2.00 [2.00, 2.00] | - | - |",
         "| Test CPU | float32 forward | - | - | 2.83 [2.00, 4.00] | - | - |",
+        "| another CPU | float32 forward | - | - | 2.83 [2.00, 4.00] | - | - |",
     ]
 
 
