@@ -29,11 +29,13 @@ from fused_attn.nn.arguments import (
     given,
 )
 from fused_attn.nn.attention_mask import (
+    CallMasks,
     Mask,
     believed_mask,
     cached_mask,
     mask_above,
     ranges_of_heads,
+    with_ranges,
     without_padded_queries,
 )
 from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCache, paged_hint
@@ -327,8 +329,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         # takes longer than a kernel, so `native_attention` does without most of that code.
         if has_torch_function_variadic(query, key, value):
             options = given(key_ranges=key_ranges, cache=cache)
-            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            node = call_node(self, query, key, value, *masks, **options)
+            arguments = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            node = call_node(self, query, key, value, *arguments, **options)
             if node is not None:
                 return node
         if not type(need_weights) is type(average_attn_weights) is type(is_causal) is bool:
@@ -355,9 +357,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                     return call.run(), None
         if key_ranges is not None:
             key_ranges = ranges_of_heads("key_ranges", key_ranges, query, self)
-        arguments = (key_padding_mask, attn_mask, is_causal, average_attn_weights if need_weights else None, key_ranges)
+        masks = CallMasks(key_padding_mask, attn_mask, is_causal, key_ranges)
+        average_weights = average_attn_weights if need_weights else None
         if cache is None:
-            return self._dense_forward(query, key, value, *arguments)
+            return self._dense_forward(query, key, value, masks, average_weights)
         self._check_cache(query, key, cache, key_padding_mask, need_weights, attn_mask, is_causal)
         if key_ranges is not None and not cache.is_filled_once:
             raise checks.fail("key_ranges", "None with a self-attention cache", "a tensor")
@@ -366,36 +369,32 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             if step is not None:
                 return step.run(), None
         with restoring((cache,)):
-            return self._dense_forward(query, key, value, *arguments, cache)
+            return self._dense_forward(query, key, value, masks, average_weights, cache)
 
     def _dense_forward(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
+        masks: CallMasks,
         average_weights: bool | None,
-        key_ranges: Tensor | None,
         cache: AttentionCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The results of `forward` for dense tensors, with arguments that have been checked.
 
         average_weights: None if no weights are wanted
-        key_ranges: what `ranges_of_heads` returns
         """
         need_weights = average_weights is not None
         is_batched = query.dim() == 3
         seq_dim = 1 if self.batch_first or not is_batched else 0
         rows = self._projected_rows(query, key, value, seq_dim, cache)
-        if not is_batched and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.unsqueeze(0)
+        if not is_batched and masks.key_padding_mask is not None:
+            masks = masks._replace(key_padding_mask=masks.key_padding_mask.unsqueeze(0))
         if isinstance(rows.cached, PagedRows):
             return self._merge_heads(self._paged_attention(rows.q, rows.cached), seq_dim, is_batched), None
-        mask = self._mask_of_call(rows, key_padding_mask, attn_mask, is_causal, need_weights)
+        mask = self._mask_of_call(rows, masks, need_weights)
         skips_padding = self.skip_padded_queries and query is key and cache is None and not need_weights
-        out, weights = self._attention(rows, mask, key_padding_mask, key_ranges, average_weights, skips_padding)
+        out, weights = self._attention(rows, mask, masks, average_weights, skips_padding)
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)
         return self._merge_heads(out, seq_dim, is_batched), weights
@@ -437,19 +436,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             k, v = store.update(k, v, memory)
         return _Rows(q, k, v, position, cached)
 
-    def _mask_of_call(
-        self,
-        rows: _Rows,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        need_weights: bool,
-    ) -> Mask:
+    def _mask_of_call(self, rows: _Rows, masks: CallMasks, need_weights: bool) -> Mask:
         """The second step of a call: where the diagonal lies, and attn_mask as `fused_attention` takes masks.
 
         `fused_attention` knows no positions, so the diagonal of rows behind a cache is decided here.
         """
         seqlen_q = rows.q.shape[2]
+        key_padding_mask, attn_mask, is_causal, _ = masks
         if isinstance(rows.cached, CachedRows):
             mask = cached_mask(rows.cached, seqlen_q)
         elif is_causal and attn_mask is None:
@@ -465,8 +458,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         self,
         rows: _Rows,
         mask: Mask,
-        key_padding_mask: Tensor | None,
-        key_ranges: Tensor | None,
+        masks: CallMasks,
         average_weights: bool | None,
         skips_padding: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -478,8 +470,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         q, k, v = rows.q, self._append_rows(rows.k, self.bias_k), self._append_rows(rows.v, self.bias_v)
         need_weights = average_weights is not None
         arguments: dict[str, Any] = {
-            "key_padding_mask": self._padded(key_padding_mask),
-            "key_ranges": self._padded_ranges(key_ranges, rows.k.shape[2]),
+            "key_padding_mask": self._padded(masks.key_padding_mask),
             "dropout_p": self.dropout if self.training else 0.0,
             "scale": 1.0 / math.sqrt(self.head_dim),
         }
@@ -493,18 +484,19 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             arguments["relative_bias"] = self._relative_bias(q, rows.position, k.shape[2])
         if need_weights and arguments["dropout_p"]:
             arguments["dropout_seed"] = draw_seed(q.device)
+        key_ranges = self._padded_ranges(masks.key_ranges, rows.k.shape[2])
         seen, is_causal = mask.attn_mask, mask.attn_mask is None and mask.diagonal is not None
-        if skips_padding and key_padding_mask is not None:
-            seen, is_causal = without_padded_queries(mask, key_padding_mask)
+        if skips_padding and masks.key_padding_mask is not None:
+            seen, is_causal = without_padded_queries(mask, masks.key_padding_mask)
         out: Any = fused_attention(
-            q, k, v, seen, is_causal=is_causal,
+            q, k, v, seen, is_causal=is_causal, key_ranges=key_ranges,
             enable_gqa=self.num_kv_heads != self.num_heads, return_lse=need_weights, backend=self.backend, **arguments,
         )  # fmt: skip
         if not need_weights:
             return out, None
         out, lse = out
         of_weights = mask.attn_mask if mask.diagonal is None else mask_above(mask.diagonal, q.shape[2], k).logical_not()
-        weights = attention_weights(q, k, lse, attn_mask=of_weights, **arguments)
+        weights = attention_weights(q, k, lse, attn_mask=with_ranges(of_weights, key_ranges, k.shape[2]), **arguments)
         return out, (weights.mean(dim=1) if average_weights else weights).to(out.dtype)
 
     def _paged_attention(self, q: Tensor, rows: PagedRows) -> Tensor:

@@ -9,8 +9,18 @@ from torch import Tensor
 
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias_offset
+from fused_attn.attention.masks import visible_in_ranges
 from fused_attn.nn.arguments import batch_layout
 from fused_attn.nn.self_attention_cache import CachedRows, lower_right
+
+
+class CallMasks(NamedTuple):
+    """The masks that the caller of a module has given. key_ranges are what `ranges_of_heads` returns."""
+
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    is_causal: bool
+    key_ranges: Tensor | None
 
 
 class Mask(NamedTuple):
@@ -34,6 +44,18 @@ def believed_mask(attn_mask: Tensor | None, is_causal: bool, is_believed: bool) 
         # The diagonal hides the appended rows, too. The parent class does the same.
         return Mask(None, 0)
     return Mask(attn_mask, diagonal)
+
+
+def with_ranges(attn_mask: Tensor | None, key_ranges: Tensor | None, seqlen_k: int) -> Tensor | None:
+    """An attn_mask of `fused_attention`, in which True means attend, that hides what the ranges hide, too."""
+    if key_ranges is None:
+        return attn_mask
+    visible = visible_in_ranges(key_ranges, seqlen_k)
+    if attn_mask is None:
+        return visible
+    if attn_mask.dtype == torch.bool:
+        return attn_mask & visible
+    return attn_mask.masked_fill(visible.logical_not(), float("-inf"))
 
 
 def without_padded_queries(mask: Mask, padding: Tensor) -> tuple[Tensor | None, bool]:

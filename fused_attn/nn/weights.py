@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fused_attn.attention import formula
-from fused_attn.attention.masks import visible_in_ranges
 from fused_attn.nn.weights_dropout import drop_weights
 
 
@@ -18,7 +17,6 @@ def attention_weights(
     *,
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
-    key_ranges: Tensor | None = None,
     relative_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
@@ -38,9 +36,9 @@ def attention_weights(
         key: (B, Hkv, S, D).
         lse: (B, H, L), from ``fused_attention(..., return_lse=True)``.
         scale: the `scale` of that call.
-        attn_mask: the `attn_mask` of that call, broadcastable to (B, H, L, S). A causal mask is given as a tensor, too.
+        attn_mask: the `attn_mask` of that call, broadcastable to (B, H, L, S). Causal masks
+            and ranges of keys are given as a tensor, too.
         key_padding_mask: the `key_padding_mask` of that call, (B, S).
-        key_ranges: the `key_ranges` of that call, (..., L, N, 2).
         relative_bias: the `relative_bias` of that call, (H, L + S - 1) or (L + S - 1,).
         dropout_p: the `dropout_p` of that call.
         dropout_seed: the `dropout_seed` of that call, a 0-d int64 tensor, if dropout_p is positive.
@@ -72,8 +70,6 @@ def attention_weights(
         scores = scores + attn_mask
     elif attn_mask is not None:
         scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
-    if key_ranges is not None:
-        scores = scores.masked_fill(visible_in_ranges(key_ranges, seqlen_k).logical_not(), float("-inf"))
     if is_padding is not None:
         scores = scores.masked_fill(is_padding[:, None, None, :], float("-inf"))
 
