@@ -176,6 +176,8 @@ def tune(suite: Suite) -> str:
 
 #: The sizes that are measured first, for every mask.
 FIRST = ("--dtype", "bfloat16", "--head-dim", "128", "64", "--seconds", "0.5")
+#: Short sequences, as of windows of an image and of sentences. At most 128 keys are one block of them.
+SHORT = ("--only", "none", "padded-random", "--lengths", "64", "128")
 #: FlexAttention is measured at one length, because it compiles a quarter of a minute for every shape.
 FLEX = ("--rivals", OURS, "flex", "--dtype", "bfloat16", "--head-dim", "128", "--lengths", "8192")
 DRY_FLEX = ("--lengths", "64", "--only", "causal", "--directions", "forward")
@@ -190,6 +192,7 @@ STAGES = (
     Stage("tests", gpu_tests, 0.5, TESTS_NEED),
     Stage("sanitizer", sanitizer, 0.3),
     *(Stage(f"bench:{mask}", bench("--only", mask, *FIRST, "--no-compile"), 0.2) for mask in MASKS),
+    Stage("bench:short", bench(*SHORT, *FIRST, "--no-compile"), 0.2),
     Stage("overhead", bench("--tables", "overhead"), 0.2),
     Stage("modules", modules("--no-compile"), 0.3),
     Stage("generation", modules(command="generation"), 0.3),
