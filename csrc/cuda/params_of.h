@@ -90,12 +90,11 @@ inline bool shares_tiles(const AttentionParams& a, int64_t large_splits) {
          ceil_div(a.seqlen_q, kLeastForwardRowsSm90) * a.num_heads * a.batch * large_splits > num_multiprocessors();
 }
 
-// Whether a query may see no key. The host knows the band, but not what padding, lengths and masks hold.
+// Whether a query may see no key. The host knows the band, but not what padding, lengths and masks hold. There is a key.
 inline bool may_see_no_key(const AttentionParams& a, const Params& p) {
-  if (a.key_padding.data != nullptr || a.key_lengths != nullptr || mask_entries(a) != 0) return true;
-  const int64_t more_keys = a.seqlen_k - a.seqlen_q, shift = p.band_from_end ? more_keys : 0;
-  const bool first_query_sees = p.last_diagonal + shift >= 0, last_query_sees = p.first_diagonal + shift <= more_keys;
-  return a.seqlen_k == 0 || !first_query_sees || !last_query_sees;
+  if (a.key_padding.data != nullptr || a.key_lengths != nullptr || mask_entries(a) != 0 || p.band_from_end) return true;
+  const bool first_query_sees = p.last_diagonal >= 0, last_query_sees = p.first_diagonal <= a.seqlen_k - a.seqlen_q;
+  return !first_query_sees || !last_query_sees;
 }
 
 // Fills in Params: sizes in 32 bits, tensors, and pieces of the workspace.

@@ -340,7 +340,9 @@ def attention_mask_of(
         return (q_offset + q_length).to(torch.int32).view(-1, 1, 1, 1, 1)
     if q_length == 1 and allow_is_causal_skip and padding is None and (local_size is None or kv_length < local_size):
         return None
-    packed = None if needs_dense or padding is not None else _packed(mask_function)
+    # With use_vmap, the caller has given mask functions of his own, in which the same sequence may return later.
+    is_own = options.get("use_vmap", False)
+    packed = None if needs_dense or is_own or padding is not None else _packed(mask_function)
     if packed is not None and 1 < q_length == kv_length and kv_offset == 0 and _is_zero(q_offset):
         ranges = key_ranges_of_segments(packed.sequences)[:, None]  # (B|1, 1, L, 1, 2)
         return ranges.expand(-1, -1, -1, 1 + (packed.window if packed.window < q_length else 0), -1)
@@ -396,12 +398,12 @@ def _masks(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: boo
         return {"attn_mask": mask}
     if _is_packed(mask):
         return _packed_band(mask) | {"key_ranges": mask[:, :, :, :1]}
-    if mask.ndim == 5 and mask.dtype == torch.int32:
+    if mask.ndim == 5 and mask.dtype == torch.int32 and mask.shape[1:] == (1, 1, 1, 1):
         lengths = mask.flatten().expand(query.shape[0])
         if query.shape[2] == 1:
             return {"key_lengths": lengths}
         return {"key_lengths": lengths, "is_causal": True, "diagonal_alignment": "lower_right"}
-    if mask.ndim != 5 or mask.dtype != torch.bool:
+    if mask.ndim != 5 or mask.dtype != torch.bool or mask.shape[2] != 1:
         raise ValueError(
             f"attention_mask: expected a mask of transformers' mask functions or of shape (B, H, L, S), got "
             f"{mask.dtype} of shape {tuple(mask.shape)} from {type(module).__name__}"

@@ -86,7 +86,7 @@ def ranges_of_heads(name: str, key_ranges: Tensor, query: Tensor, attention: Any
         raise TypeError(f"{name}: expected dtype torch.int32, got {key_ranges.dtype}")
     if key_ranges.device != query.device:
         raise checks.fail(name, f"the device of the queries, {query.device}", key_ranges.device)
-    num_heads, batch_first = getattr(attention, "num_heads", None), attention.batch_first
+    num_heads, batch_first = getattr(attention, "num_heads", None), getattr(attention, "batch_first", False)
     seqlen, batch, hint = query.shape[0], 1, ""
     if query.dim() == 3:
         batch, seqlen = query.shape[:2] if batch_first else (query.shape[1], query.shape[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -89,35 +89,33 @@ def takes_ranges(block: Callable, attention: Any) -> bool:
     return accepts(block, "key_ranges") and getattr(attention, "takes_key_ranges", False)
 
 
-def check_ranges(name: str, ranges: Tensor | None, query: Tensor, block: Callable, attention: Any) -> None:
+def check_ranges(name: str, ranges: Tensor, query: Tensor, block: Callable, attention: Any) -> None:
     """Raises TypeError or ValueError if a layer takes no ranges of keys, or if the given ones do not fit.
 
     name: the argument of the layer
     block, attention: what gets the ranges, see `takes_ranges`
     """
-    checks.check_tensors(**{name: ranges})
-    if ranges is None:
-        return
     if not takes_ranges(block, attention):
-        raise checks.fail(
-            name, f"None, since {block.__qualname__} or {type(attention).__name__} takes none", "a tensor"
-        )
+        parts = f"{block.__qualname__} or {type(attention).__name__}"
+        raise checks.fail(name, f"None, since {parts} takes none", "a tensor")
+    if query.is_nested:
+        raise checks.fail(name, "None with nested tensors", "a tensor")
     ranges_of_heads(name, ranges, query, attention)
 
 
-def check_takes_ranges(layers: Iterable[nn.Module], **ranges: Tensor) -> None:
-    """Raises an error if ranges of keys are given that are no tensor, or that a layer does not take.
+def check_takes_ranges(stack: nn.Module, **ranges: Tensor) -> None:
+    """Raises an error if ranges of keys are given that are no tensor, or that the stack or a layer of it does not take.
 
-    layers: those of a stack, or a stack of a foreign class
     ranges: by the names of their arguments
     """
     checks.check_tensors(**ranges)
     for name in ranges:
-        for i, layer in enumerate(layers):
+        if not accepts(stack.forward, name):
+            raise checks.fail(name, f"None, since {type(stack).__name__} takes none", "a tensor")
+        for i, layer in enumerate(getattr(stack, "layers", ())):
             # A layer without takes_is_causal gets what torch's own stacks pass, which have no ranges.
             if not (getattr(layer, "takes_key_ranges", False) and getattr(layer, "takes_is_causal", False)):
-                attention = type(getattr(layer, "self_attn", None)).__name__
-                which = f"layer {i}, {type(layer).__name__} with {attention}, takes none"
+                which = f"layer {i}, a {type(layer).__name__}, or a part of it takes none"
                 raise checks.fail(name, f"None, since {which}", "a tensor")
 
 

@@ -139,7 +139,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         )
         checks.check_flag("is_causal", is_causal)
         masks, ranges = (src_mask, src_key_padding_mask, is_causal), given(key_ranges=src_key_ranges)
-        if ranges:
+        if src_key_ranges is not None:
             check_ranges("src_key_ranges", src_key_ranges, src, self._sa_block, self.self_attn)
         is_native = native_layer.is_plain(self, ENCODER_BLOCKS)
         step = native_layer.self_attention(self, src, masks) if is_native and not ranges else None
@@ -255,7 +255,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if src.is_nested:
             raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
         ranges = given(src_key_ranges=src_key_ranges)
-        check_takes_ranges(self.layers, **ranges)
+        check_takes_ranges(self, **ranges)
         seqlen = _seqlen(src, self.layers)
         if not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             # Layers of other classes get the masks in the form that the parent class passes.
@@ -558,7 +558,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         check_compared("tgt_mask", tgt_mask)
         check_hint("tgt_is_causal", tgt_is_causal)
         ranges = given(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
-        check_takes_ranges(self.layers, **ranges)
+        check_takes_ranges(self, **ranges)
         seqlen = _seqlen(tgt, self.layers)
         if cache is None and not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             tgt_mask = dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt.device)
@@ -788,8 +788,8 @@ class Transformer(nn.Transformer):
         for name, x in (("src", src), ("tgt", tgt)):
             if x.shape[-1] != self.d_model:
                 raise RuntimeError(f"{name}: expected d_model={self.d_model} features, got shape {tuple(x.shape)}")
-        check_takes_ranges(getattr(self.encoder, "layers", [self.encoder]), **of_encoder)
-        check_takes_ranges(getattr(self.decoder, "layers", [self.decoder]), **of_decoder)
+        check_takes_ranges(self.encoder, **of_encoder)
+        check_takes_ranges(self.decoder, **of_decoder)
         memory = self.encoder(
             src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal, **of_encoder
         )

@@ -36,8 +36,8 @@ def attention_weights(
         key: (B, Hkv, S, D).
         lse: (B, H, L), from ``fused_attention(..., return_lse=True)``.
         scale: the `scale` of that call.
-        attn_mask: the `attn_mask` of that call, broadcastable to (B, H, L, S). Causal masks
-            and ranges of keys are given as a tensor, too.
+        attn_mask: the `attn_mask` of that call, broadcastable to (B, H, L, S). Causal masks and ranges of keys are
+            given as a tensor, too.
         key_padding_mask: the `key_padding_mask` of that call, (B, S).
         relative_bias: the `relative_bias` of that call, (H, L + S - 1) or (L + S - 1,).
         dropout_p: the `dropout_p` of that call.

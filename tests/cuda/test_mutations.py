@@ -854,8 +854,8 @@ BUGS = [
     ),
     Bug(
         "mask-of-ranges-forgotten", 90, "one-block-ranges", "params_of.h",
-        "a.key_lengths != nullptr || mask_entries(a) != 0)",
-        "a.key_lengths != nullptr || (@ ? a.mask.data != nullptr : mask_entries(a) != 0))",
+        "a.key_lengths != nullptr || mask_entries(a) != 0 ||",
+        "a.key_lengths != nullptr || (@ ? a.mask.data != nullptr : mask_entries(a) != 0) ||",
     ),
     Bug(
         "columns-of-the-values-cleared", 90, "one-block-values", "preparation.h",

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers", minversion="5.15", reason="pi
 
 import models  # noqa: E402
 from models import BATCH, BY_ID, CASES, LENGTH, SOURCE_LENGTH, Case, results  # noqa: E402
+from transformers import masking_utils  # noqa: E402
 
 from fused_attn.backends import cpu  # noqa: E402
 from fused_attn.integrations import huggingface  # noqa: E402
@@ -384,6 +385,20 @@ def test_a_static_cache_of_a_model_that_lays_its_own_mask_over_ours() -> None:
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(VERSION < (5, 23), reason="in earlier versions, Doge misreads the masks of sdpa, too")
+@torch.no_grad()
+def test_packed_positions_of_a_model_that_lays_its_own_mask_over_ours() -> None:
+    settings = {name: value for name, value in models.DECODER.items() if name != "head_dim"} | {"keep_window_size": 3}
+    case = Case("doge", "DogeForCausalLM", "DogeConfig", settings, "decoder")
+    positions = torch.cat((torch.arange(5), torch.arange(LENGTH - 5))).expand(BATCH, -1)
+    tokens = case.inputs(None)["input_ids"]
+    logits = [
+        model(tokens, position_ids=positions, use_cache=False).logits
+        for model in (case.build(attn_implementation="sdpa"), fused(case))
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
 def test_masks_of_three_dimensions_are_nobodys() -> None:
     mask = torch.ones(BATCH, LENGTH, LENGTH, dtype=torch.bool).tril()
     for name in ("mistral", "bert-cls"):
@@ -429,7 +444,7 @@ def test_packed_sequences(name: str) -> None:
 
 
 def packed_call(case: Case, prepare=lambda model: model, **kwargs) -> Tensor:
-    """The hidden states of two sequences in one row. With positions, transformers makes a dense mask for them."""
+    """The hidden states of two sequences in one row."""
     offsets = torch.tensor([0, 5, LENGTH], dtype=torch.int32)
     positions = torch.cat((torch.arange(5), torch.arange(LENGTH - 5)))[None]
     packing = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
@@ -535,6 +550,17 @@ def test_packed_sequences_by_positions_alone(case: Case, calls: list[dict]) -> N
         assert call.keys() & {"attn_mask", "is_causal", "window_size"} == band.keys()
         assert band.items() <= call.items()
     assert calls
+
+
+@torch.no_grad()
+def test_sequences_of_the_callers_own_mask_may_return() -> None:
+    """Equal ids see each other, also if other ids stand between them. So the ids are no sequences."""
+    config = fused(BY_ID["llama"]).config
+    ids = torch.tensor([[0, 0, 1, 1, 0, 0, 2]])
+    own = masking_utils.packed_sequence_mask_function(ids)
+    mask = masking_utils.create_causal_mask(config, torch.zeros(1, 7, 32), None, None, and_mask_function=own)
+    expected = (ids[:, :, None] == ids[:, None]).tril()[:, None]
+    assert torch.equal(huggingface._masks(None, mask, torch.zeros(1, 1, 7, 8), False)["attn_mask"], expected)
 
 
 # ---- The bias of T5

@@ -36,6 +36,9 @@ def dense(ranges: Tensor) -> Tensor:
     return visible.expand(BATCH, HEADS, LENGTH, LENGTH).flatten(0, 1).logical_not()
 
 
+KINDS = ("shared", "each entry", "each head", "heads of all entries", "one head of each entry")
+
+
 def ranges_of(kind: str) -> Tensor:
     of_entries = key_ranges_of_segments(DOCUMENTS)  # (N, L, 1, 2)
     if kind == "shared":
@@ -44,6 +47,8 @@ def ranges_of(kind: str) -> Tensor:
         return of_entries
     if kind == "each head":
         return key_ranges_of(torch.rand(BATCH, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.5)
+    if kind == "one head of each entry":
+        return ranges_of("each head")[:, :1]
     assert kind == "heads of all entries"
     return ranges_of("each head")[:1]
 
@@ -71,7 +76,7 @@ def assert_same(module: nn.Module, args: tuple, with_ranges: dict, with_masks: d
     {}, {"batch_first": False}, {"add_bias_kv": True, "add_zero_attn": True}, {"num_kv_heads": 2, "rotary": True},
     {"dropout": 0.5}, {"skip_padded_queries": True},
 ), ids=str)  # fmt: skip
-@pytest.mark.parametrize("kind", ("shared", "each entry", "each head", "heads of all entries"))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", (
     {"need_weights": False}, {"need_weights": True}, {"need_weights": True, "average_attn_weights": False},
     {"need_weights": False, "key_padding_mask": IS_PADDING},
@@ -92,8 +97,10 @@ def test_both_the_diagonal_and_the_ranges_hide():
     assert_same(attention(), (rows,) * 3, {**call, "is_causal": True, "key_ranges": ranges}, masks)
     assert_same(attention(), (rows,) * 3, {**call, "attn_mask": causal, "key_ranges": ranges}, masks)
     floating = torch.randn(LENGTH, LENGTH, dtype=torch.float64)
-    masks = {**call, "attn_mask": floating.masked_fill(dense(ranges), float("-inf"))}
-    assert_same(attention(), (rows,) * 3, {**call, "attn_mask": floating, "key_ranges": ranges}, masks)
+    for need_weights in (False, True):
+        call = {"need_weights": need_weights}
+        masks = {**call, "attn_mask": floating.masked_fill(dense(ranges), float("-inf"))}
+        assert_same(attention(), (rows,) * 3, {**call, "attn_mask": floating, "key_ranges": ranges}, masks)
 
 
 def test_without_a_batch():
@@ -152,7 +159,7 @@ def test_transformer(names):
     torch.manual_seed(0)
     sizes = {"num_encoder_layers": 1, "num_decoder_layers": 1}
     model = Transformer(**LAYER, **sizes)
-    ranges = {name: ranges_of("each head")[:, :1].roll(i, 0)[:, 0] for i, name in enumerate(names)}
+    ranges = {name: ranges_of("each head")[:, 0].roll(i, 0) for i, name in enumerate(names)}
     with_ranges = {f"{name}_key_ranges": each for name, each in ranges.items()}
     with_masks = {f"{name}_mask": dense(each) for name, each in ranges.items()}
     assert_same(model, (x(1), x(2)), with_ranges, with_masks)
@@ -191,29 +198,58 @@ def test_compiled():
     torch.testing.assert_close(compiled(rows, src_key_ranges=ranges), encoder(rows, src_key_ranges=ranges))
 
 
-def test_traced_by_fx():
+FX = {
+    "attention": lambda: (attention(), 3, ("key_ranges",)),
+    "encoder layer": lambda: (TransformerEncoderLayer(**LAYER, dropout=0.0), 1, ("src_key_ranges",)),
+    "encoder": lambda: (TransformerEncoder(TransformerEncoderLayer(**LAYER, dropout=0.0), 1), 1, ("src_key_ranges",)),
+    "decoder layer": lambda: (
+        TransformerDecoderLayer(**LAYER, dropout=0.0), 2, ("tgt_key_ranges", "memory_key_ranges")
+    ),
+    "decoder": lambda: (
+        TransformerDecoder(TransformerDecoderLayer(**LAYER, dropout=0.0), 1), 2, ("tgt_key_ranges", "memory_key_ranges")
+    ),
+    "transformer": lambda: (
+        Transformer(**LAYER, num_encoder_layers=1, num_decoder_layers=1, dropout=0.0), 2,
+        ("src_key_ranges", "tgt_key_ranges", "memory_key_ranges"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FX)
+def test_traced_by_fx(kind):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = Transformer(**LAYER, num_encoder_layers=1, num_decoder_layers=1, dropout=0.0)
+            self.model, self.inputs, self.names = FX[kind]()
 
-        def forward(self, src, ranges):
-            return self.model(src, src, src_key_ranges=ranges, tgt_key_ranges=ranges, memory_key_ranges=ranges)
+        def forward(self, rows, ranges):
+            out = self.model(*(rows,) * self.inputs, **dict.fromkeys(self.names, ranges))
+            return out[0] if kind == "attention" else out
 
     model, rows, ranges = Model(), x(1), ranges_of("each entry")
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(rows, ranges), model(rows, ranges))
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(rows, ranges), model(rows, ranges))
+    every_key = torch.tensor([0, LENGTH], dtype=torch.int32).expand(BATCH, LENGTH, 1, 2)
+    assert not torch.allclose(traced(rows, ranges), traced(rows, every_key))
 
 
-def test_a_memory_in_a_cache():
-    ranges, memory, rows = ranges_of("each entry"), x(2).detach(), x(1).detach()
-    decoder = TransformerDecoder(TransformerDecoderLayer(**LAYER), 2).eval()
-    expected = decoder(rows, memory, tgt_is_causal=True, memory_key_ranges=ranges)
-    cache = KVCache(2)
-    steps = [
-        decoder(row, memory, memory_key_ranges=ranges[:, i : i + 1], cache=cache)
-        for i, row in enumerate(rows.split(1, dim=1))
-    ]
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected)
+@pytest.mark.parametrize("has_gradients", (True, False))
+def test_a_memory_in_a_cache(has_gradients):
+    # Without gradients, a native call computes a step of decoding. It knows no ranges.
+    ranges, memory, rows = ranges_of("each entry"), x(2).detach().float(), x(1).detach().float()
+    decoder = TransformerDecoder(TransformerDecoderLayer(**LAYER), 2).float().eval()
+    with torch.set_grad_enabled(has_gradients):
+        expected = decoder(rows, memory, tgt_is_causal=True, memory_key_ranges=ranges)
+        cache = KVCache(2)
+        steps = [
+            decoder(row, memory, memory_key_ranges=ranges[:, i : i + 1], cache=cache)
+            for i, row in enumerate(rows.split(1, dim=1))
+        ]
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected)
+        attention, cross = decoder.layers[0].multihead_attn, cache.layers[0].cross_attention
+        query, part = rows[:, :1].contiguous(), ranges[:, :1]
+        out, _ = attention(query, memory, memory, need_weights=False, key_ranges=part, cache=cross)
+        torch.testing.assert_close(out, attention(query, memory, memory, need_weights=False, key_ranges=part)[0])
 
 
 class OtherAttention(nn.MultiheadAttention):
@@ -233,6 +269,8 @@ def test_errors():
     nested = torch.nested.nested_tensor(list(rows.detach().unbind()), layout=torch.jagged)
     with pytest.raises(ValueError, match="key_ranges: expected None with nested tensors"):
         module(nested, nested, nested, need_weights=False, key_ranges=ranges)
+    with pytest.raises(ValueError, match="src_key_ranges: expected None with nested tensors"):
+        TransformerEncoderLayer(**LAYER)(nested, src_key_ranges=ranges)
 
     decoder = TransformerDecoder(TransformerDecoderLayer(**LAYER), 1)
     with pytest.raises(ValueError, match="tgt_key_ranges: expected None with a cache"):
@@ -277,24 +315,63 @@ class ForeignLayer(nn.Module):
         return self.layer(*args, **kwargs)
 
 
+class OtherSignature(FusedMultiheadAttention):
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, is_causal=False):
+        return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal=is_causal)
+
+
+class AnyKeyword(TransformerEncoderLayer):
+    def forward(self, src, **options):
+        return super().forward(src, **options)
+
+
 def test_layers_that_take_no_ranges():
     ranges, rows = ranges_of("each entry"), x(1)
-    foreign = TransformerEncoderLayer(**LAYER)
+    foreign, other = TransformerEncoderLayer(**LAYER), TransformerEncoderLayer(**LAYER)
     foreign.self_attn = OtherAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64)
-    layers = foreign, OtherForward(**LAYER), OtherBlock(**LAYER), ForeignLayer(TransformerEncoderLayer(**LAYER))
-    for layer in layers:
+    other.self_attn = OtherSignature(WIDTH, HEADS, batch_first=True, dtype=torch.float64)
+    wrapped = ForeignLayer(TransformerEncoderLayer(**LAYER))
+    for layer in (foreign, other, OtherForward(**LAYER), OtherBlock(**LAYER), wrapped):
         encoder = TransformerEncoder(TransformerEncoderLayer(**LAYER), 2)
         encoder.layers[1] = layer
-        message = f"src_key_ranges: expected None, since layer 1, {type(layer).__name__} with .*, takes none"
-        with pytest.raises(ValueError, match=message):
-            encoder(rows, src_key_ranges=ranges)
-    with pytest.raises(
-        ValueError, match=r"src_key_ranges: expected None, since .*_sa_block or OtherAttention takes none"
-    ):
+        message = f"src_key_ranges: expected None, since layer 1, a {type(layer).__name__}, or a part of it takes none"
+        for call in (encoder, Transformer(**LAYER, num_decoder_layers=1, custom_encoder=encoder)):
+            arguments = (rows,) if call is encoder else (rows, rows)
+            with pytest.raises(ValueError, match=message):
+                call(*arguments, src_key_ranges=ranges)
+    with pytest.raises(ValueError, match=r"src_key_ranges: expected None, since .*_sa_block or OtherAttention takes"):
         foreign(rows, src_key_ranges=ranges)
-    model = Transformer(**LAYER, num_encoder_layers=1, num_decoder_layers=1, custom_decoder=nn.Identity())
-    with pytest.raises(ValueError, match="memory_key_ranges: expected None, since layer 0, Identity with NoneType"):
+    encoder.layers[1] = AnyKeyword(**LAYER)
+    assert not torch.allclose(encoder(rows, src_key_ranges=ranges), encoder(rows))
+
+
+def test_stacks_that_take_no_ranges():
+    ranges, rows = ranges_of("each entry"), x(1)
+    stack = nn.TransformerEncoder(TransformerEncoderLayer(**LAYER), 1, enable_nested_tensor=False)
+    model = Transformer(**LAYER, num_decoder_layers=1, custom_encoder=stack)
+    with pytest.raises(ValueError, match="src_key_ranges: expected None, since TransformerEncoder takes none"):
+        model(rows, rows, src_key_ranges=ranges)
+    model = Transformer(**LAYER, num_encoder_layers=1, custom_decoder=nn.Identity())
+    with pytest.raises(ValueError, match="memory_key_ranges: expected None, since Identity takes none"):
         model(rows, rows, memory_key_ranges=ranges)
+    for part in ("self_attn", "multihead_attn"):
+        decoder = TransformerDecoder(TransformerDecoderLayer(**LAYER), 1)
+        setattr(decoder.layers[0], part, OtherAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64))
+        for name in ("tgt_key_ranges", "memory_key_ranges"):
+            with pytest.raises(ValueError, match=f"{name}: expected None, since layer 0, a TransformerDecoderLayer"):
+                decoder(rows, rows, **{name: ranges})
+
+
+def test_transformer_checks_and_passes_all_arguments():
+    model, rows = Transformer(**LAYER, num_encoder_layers=1, num_decoder_layers=1, dropout=0.0), x(1)
+    for arguments, name in (((rows[..., :8], rows), "src"), ((rows, rows[..., :8]), "tgt")):
+        with pytest.raises(RuntimeError, match=rf"{name}: expected d_model=16 features, got shape \(3, 9, 8\)"):
+            model(*arguments)
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    nothing = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+    # The hint is believed, and the mask is not read.
+    hinted = model(rows, rows, memory_mask=nothing, memory_is_causal=True)
+    torch.testing.assert_close(hinted, model(rows, rows, memory_mask=causal))
 
 
 def test_one_block_of_a_decoder_takes_ranges():

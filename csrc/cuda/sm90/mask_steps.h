@@ -64,8 +64,8 @@ GPU_DEVICE void list_mask_turns(const Params& p, int32_t batch, int32_t head, in
 }
 
 // Runs before the fused backward if there is a dense mask: fills Params::mask_steps and Params::mask_turns. The first
-// warps list the steps of a block of keys each, and the other ones the turns at a tile of queries. Without
-// dq_sums, there are no turns.
+// warps list the steps of a block of keys each, and the other ones the turns at a tile of queries. There are no turns
+// without dq_sums.
 template <int kBlockM>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 1)
     list_mask_steps_kernel(const GPU_GRID_CONSTANT Params p, int num_programs) {
