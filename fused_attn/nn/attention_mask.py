@@ -1,4 +1,6 @@
-"""The mask of a call of `FusedMultiheadAttention`: from attn_mask, is_causal, padding and the cache to one mask."""
+"""The masks of a call of `FusedMultiheadAttention`, as `fused_attention` takes them: from attn_mask, is_causal, padding
+and the cache to one mask, and ranges of keys with a dimension for the heads.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ GPU_DEVICE void store_dq(const Params& p, uint32_t shared, const FusedBackwardRi
     const SharedKeyBlock b{shuffle(reader.wait().address, 0)};  // in a uniform register
     if (b.number() == kNoMoreKeys) return;
     Step<Plan::kBlockM, kIsGeneral> at(p, b);
-    bool is_left = b.steps() > 0;
+    bool is_left = b.steps() > 0;  // a Step of the plain kernel does not know that a block has none
     GPU_NO_UNROLL while (is_left) {
       mbarrier_wait(rings.dq_full_of(group, step), step / 2 & 1);
       // A consumer warp has written 16 rows. Its thread (g, q) has two columns of the rows g and g + 8, in the halves
