@@ -28,7 +28,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Every run tests the same random examples, so that a failure can be repeated.
+# Runs of the same selection of tests draw the same random examples, so that a failure can be repeated. Hypothesis also
+# draws constants of the modules that are loaded, so another selection may draw other examples.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, database=None)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("ci")
