@@ -397,8 +397,8 @@ def _paged_plan(metadata: PagedArguments, max_seqlen_q: int | None, *options: An
         if max_seqlen_q is not None:
             raise checks.fail("max_seqlen_q", "None without cu_seqlens_q", max_seqlen_q)
         batch, seqlen_q = query.shape[0], query.shape[2]
-    _, num_heads, _, head_dim = query_shape
-    num_pages, page_size, num_kv_heads, value_dim = value_pages.shape
+    num_heads = query_shape[1]
+    num_pages, page_size, num_kv_heads, _ = key_pages.shape
     if value_pages.shape[:3] != key_pages.shape[:3]:
         expected = f"the pages, rows and heads of key_pages, {tuple(key_pages.shape[:3])}"
         raise checks.fail("value_pages", expected, f"shape {tuple(value_pages.shape)}")
@@ -420,8 +420,8 @@ def _paged_plan(metadata: PagedArguments, max_seqlen_q: int | None, *options: An
             raise TypeError(f"key_padding_mask: expected bool for paged keys, got {key_padding_mask.dtype}")
     shapes = Shapes(
         query=query_shape,
-        key=(num_pages, num_kv_heads, page_size, head_dim),
-        value=(num_pages, num_kv_heads, page_size, value_dim),
+        key=key_pages.shape,
+        value=value_pages.shape,
         sinks=_shape(sinks),
         key_padding=_shape(key_padding_mask),
         key_lengths=key_lengths.shape,

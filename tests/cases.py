@@ -1072,6 +1072,16 @@ NUMERICS = [
     Case("lse-below-minus-88-decode", seqlen_q=1, seqlen_k=65, head_dim=128, edit=_scores_near(-300.0), has_dlse=True),
     Case("lse-above-88", seqlen_q=66, seqlen_k=66, head_dim=64, edit=_scores_near(300.0), has_dlse=True),
     Case("logits-huge", seqlen_q=70, seqlen_k=67, head_dim=64, edit=_scale_query(200.0), has_dlse=True),
+    # Each query attends to one key, and a bias for all queries adds up how much ``out`` is rounded in each delta.
+    Case(
+        "logits-huge-bias-per-head",
+        seqlen_q=133,
+        seqlen_k=42,
+        head_dim=16,
+        attn_mask=float_mask("1H11"),
+        sinks=sink(),
+        edit=_scale_query(30.0),
+    ),
     # The largest logits are about 70, 600 and 4000. The rounding error of such a logit changes a weight by far more
     # than the rounding error of the weight itself.
     *(
@@ -1624,6 +1634,11 @@ PAGED = [
     Case("paged-packed-none", batch=2, lengths_q=(0, 0), seqlen_k=30, page_size=10, key_lengths=(30, 5), dtypes=FLOATS),
     Case("paged-sliced", batch=2, seqlen_q=1, seqlen_k=70, page_size=16, key_lengths=(70, 33), kv_layout="sliced",
          query_layout="every_second_column", dtypes=COMMON),
+    # Strides of 0 between the rows or the heads of a page.
+    Case("paged-rows-expanded", batch=2, seqlen_q=140, seqlen_k=300, page_size=48, key_lengths=(300, 141), head_dim=64,
+         kv_layout="one_head_expanded", options={"is_causal": True}),
+    Case("paged-heads-expanded", batch=2, seqlen_q=140, seqlen_k=300, page_size=48, key_lengths=(300, 141), head_dim=64,
+         kv_layout="one_row_expanded", options={"is_causal": True}),
     Case("paged-no-pages", batch=2, seqlen_q=3, seqlen_k=0, page_size=4, key_lengths=(0, 0), dtypes=FLOATS),
 ]  # fmt: skip
 

@@ -83,8 +83,8 @@ struct AttentionOptions {
 // stride_batch is 0. Row r of sequence b is row cu_seqlens[b] + r of the packed tensor. In such a call, seqlen_q and
 // seqlen_k are upper bounds of the lengths of all sequences. Keys of packed queries are packed, too, or lie in pages.
 //
-// In a paged call, keys and values have the dimensions (page, head, row of the page, column), so their stride_batch is
-// the stride between pages. Key j of entry b is row j % page_size of page block_table[b][j / page_size]. seqlen_k is
+// In a paged call, the views of keys and values have a page in place of a batch entry, so their stride_batch is the
+// stride between pages. Key j of entry b is row j % page_size of page block_table[b][j / page_size]. seqlen_k is
 // the number of columns of the table times page_size. Entries of the table behind the last key may be any number.
 struct AttentionParams : AttentionOptions {
   int64_t batch = 0;

@@ -130,8 +130,8 @@ mask (B, H, L, S)              bool, True = attend; any strides; 1 in place of a
 key_ranges (B, H, L, N, 2)     int32, the last two dimensions contiguous; 1 in place of B, H or L broadcasts
 key_padding (B, S)             bool, True = ignore
 key_lengths (B,)               int32, at most S
-block_table (B, P)             int32; needs key_lengths. The call is paged: key (num_pages, Hkv, page_size, D) and value
-                               (num_pages, Hkv, page_size, Dv) hold pages, and S = P * page_size.
+block_table (B, P)             int32; needs key_lengths. The call is paged: key (num_pages, page_size, Hkv, D) and value
+                               (num_pages, page_size, Hkv, Dv) hold pages, and S = P * page_size.
 cu_seqlens_q, _k (N + 1,)      int32. With both, the call is packed: N sequences stand one after another in tensors with
                                B = 1, and the masks above have B = N, L = max_seqlen_q, S = max_seqlen_k. With the first
                                alone, queries are packed, and their keys are paged.

@@ -23,7 +23,7 @@ struct Problem {
   ElementType accumulate_type = ElementType::kOther;
   int64_t batch_entries = 0;  // the size of dimension 0 of query; 1 if the call is packed
   int64_t rows_q = 0;         // the size of dimension 2 of query; the sum of all lengths if the call is packed
-  int64_t rows_k = 0;         // the size of dimension 2 of key, likewise; the rows of a page if the call is paged
+  int64_t rows_k = 0;         // the rows of a head of key, likewise; the rows of a page if the call is paged
 };
 
 // Copies the options from `object`, a capsule that the Python function Config has returned.
@@ -57,25 +57,36 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
 // The batch stride of a view. It is 0 if the tensor has one batch entry, in which all sequences of a packed call stand.
 inline int64_t batch_stride(const Argument& argument) { return argument.size(0) == 1 ? 0 : argument.stride(0); }
 
-// Checks a tensor (entries, heads, rows, columns), which must have the dtype of query and contiguous rows, and returns
-// its view. This and the next functions return a view without data for None.
+// Checks a tensor (batch_entries, heads, rows, columns), which must have the dtype of query and contiguous rows, and
+// returns its view. This and the next functions return a view without data for None.
 //
 // The row stride of a single row is 0: torch allows it to be any number, and a kernel computes addresses of rows behind
 // the last one, which it does not read, but whose alignment must be right.
-inline TensorView entries_view(const Problem& problem, const Argument& argument, int64_t entries, int64_t heads,
-                               int64_t rows, int64_t columns) {
+inline TensorView rows_view(const Problem& problem, const Argument& argument, int64_t heads, int64_t rows,
+                            int64_t columns) {
   if (!argument.given) return {};
   argument.check_type(problem.type);
-  argument.check_shape({entries, heads, rows, columns});
+  argument.check_shape({problem.batch_entries, heads, rows, columns});
   argument.check_unit_stride(3);
   const int64_t stride_row = rows == 1 ? 0 : argument.stride(2);
   return {argument.data(), batch_stride(argument), argument.stride(1), stride_row, 1};
 }
 
-// entries_view of a tensor with an entry for each batch entry.
-inline TensorView rows_view(const Problem& problem, const Argument& argument, int64_t heads, int64_t rows,
-                            int64_t columns) {
-  return entries_view(problem, argument, problem.batch_entries, heads, rows, columns);
+// Checks pages (num_pages, page_size, heads, columns) as rows_view checks its tensor. Their view has a page in place of
+// a batch entry.
+inline TensorView pages_view(const Problem& problem, const Argument& argument, int64_t columns) {
+  const AttentionParams& params = problem.params;
+  argument.check_type(problem.type);
+  argument.check_shape({params.num_pages, params.page_size, params.num_kv_heads, columns});
+  argument.check_unit_stride(3);
+  const int64_t stride_row = params.page_size == 1 ? 0 : argument.stride(1);
+  return {argument.data(), batch_stride(argument), argument.stride(2), stride_row, 1};
+}
+
+// Checks key or value, and returns its view.
+inline TensorView keys_view(const Problem& problem, const Argument& argument, int64_t columns) {
+  if (problem.params.page_size > 0) return pages_view(problem, argument, columns);
+  return rows_view(problem, argument, problem.params.num_kv_heads, problem.rows_k, columns);
 }
 
 // Checks lse, its gradient, or row_max: a tensor (batch_entries, num_heads, rows_q) of the accumulate type. Returns its
@@ -96,7 +107,8 @@ inline TensorView key_padding_view(const Argument& argument, int64_t batch, int6
 }
 
 // Sets the dtypes and sizes that query, key and value define.
-inline void set_sizes(Problem& problem, const Argument& query, const Argument& key, const Argument& value) {
+inline void set_sizes(Problem& problem, const Argument& query, const Argument& key, const Argument& value,
+                      bool is_paged) {
   AttentionParams& params = problem.params;
   for (const Argument* argument : {&query, &key, &value}) {
     argument->check_ndim(4);
@@ -106,17 +118,17 @@ inline void set_sizes(Problem& problem, const Argument& query, const Argument& k
   problem.accumulate_type = query.type == ElementType::kFloat64 ? ElementType::kFloat64 : ElementType::kFloat32;
   problem.batch_entries = query.size(0);
   problem.rows_q = query.size(2);
-  problem.rows_k = key.size(2);
+  problem.rows_k = key.size(is_paged ? 1 : 2);
   params.dtype = kernel_dtype(query.type);
   params.num_heads = query.size(1);
-  params.num_kv_heads = key.size(1);
+  params.num_kv_heads = key.size(is_paged ? 2 : 1);
   params.head_dim = query.size(3);
   params.value_dim = value.size(3);
   if (params.num_kv_heads == 0 ? params.num_heads != 0 : params.num_heads % params.num_kv_heads != 0)
     key.fail("a head count that divides " + std::to_string(params.num_heads), std::to_string(params.num_kv_heads));
 }
 
-// Sets the pages of keys and values, and checks dtype and shape of the block table.
+// Sets the table of the pages, and checks its dtype and shape.
 inline void set_pages(Problem& problem, const Argument& key, const Argument& block_table) {
   AttentionParams& params = problem.params;
   block_table.check_type(ElementType::kInt32);
@@ -128,7 +140,7 @@ inline void set_pages(Problem& problem, const Argument& key, const Argument& blo
   params.block_table = reinterpret_cast<const int32_t*>(block_table.data());
   params.block_table_stride = block_table.stride(0);
   params.num_pages = key.size(0);
-  params.page_size = key.size(2);
+  params.page_size = problem.rows_k;
   params.seqlen_k = block_table.size(1) * params.page_size;
   if (params.page_size < 1 || (params.num_pages == 0 && params.seqlen_k > 0))
     key.fail("at least one page of at least one row", "shape " + shape_text(key.tensor.shape, 4));
@@ -218,13 +230,12 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
   const Argument key = reader.required(inputs.key, "key");
   const Argument value = reader.required(inputs.value, "value");
   const Argument out = reader.required(out_object, "out");
-  set_sizes(problem, query, key, value);
+  set_sizes(problem, query, key, value, inputs.block_table != Py_None);
   set_sequences(problem, reader, inputs);
   set_key_lengths(problem, reader, inputs, key);
-  const int64_t key_entries = params.page_size > 0 ? params.num_pages : problem.batch_entries;
   params.query = rows_view(problem, query, params.num_heads, problem.rows_q, params.head_dim);
-  params.key = entries_view(problem, key, key_entries, params.num_kv_heads, problem.rows_k, params.head_dim);
-  params.value = entries_view(problem, value, key_entries, params.num_kv_heads, problem.rows_k, params.value_dim);
+  params.key = keys_view(problem, key, params.head_dim);
+  params.value = keys_view(problem, value, params.value_dim);
   params.out = rows_view(problem, out, params.num_heads, problem.rows_q, params.value_dim);
   params.lse = row_results_view(problem, lse);
 }

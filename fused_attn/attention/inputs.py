@@ -29,8 +29,8 @@ class Inputs(NamedTuple):
     The first seven tensors can have gradients. Registered operators and native modules take the tensors in this order.
 
     query:         (B, H, L, D); packed problems have B = 1 and the rows of all sequences one after the other
-    key:           (B, Hkv, S, D); paged problems have (num_pages, Hkv, page_size, D)
-    value:         (B, Hkv, S, Dv); paged problems have (num_pages, Hkv, page_size, Dv)
+    key:           (B, Hkv, S, D); paged problems have (num_pages, page_size, Hkv, D), as their caller has them
+    value:         (B, Hkv, S, Dv); paged problems have (num_pages, page_size, Hkv, Dv)
     bias:          (B|1, H|1, L|1, S|1) floating point, added to the scores
     key_bias:      (B, S) floating point, added to the scores of a key: floating-point key padding without its -inf
     relative_bias: (H|1, L + S - 1) floating point; column ``j - i + L - 1`` is added to score (i, j)

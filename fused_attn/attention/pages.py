@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def gather(pages: Tensor, block_table: Tensor) -> Tensor:
-    """A copy of pages (num_pages, heads, page_size, columns) as rows (B, heads, S, columns).
+    """A copy of pages (num_pages, page_size, heads, columns) as rows (B, heads, S, columns).
 
     S is the number of columns of the table times page_size. An entry of the table that names no page, which may stand
     behind the last key only, gets the rows of any page.
@@ -14,8 +14,8 @@ def gather(pages: Tensor, block_table: Tensor) -> Tensor:
     block_table: (B, pages of an entry) int32
     """
     batch, columns = block_table.shape
-    num_pages, heads, page_size, row = pages.shape
+    num_pages, page_size, heads, row = pages.shape
     # Not pages[numbers], whose backward writes in place, which torch's older transforms refuse.
     numbers = block_table.flatten().clamp(0, max(num_pages - 1, 0))
-    found = pages.index_select(0, numbers).view(batch, columns, heads, page_size, row)
-    return found.transpose(1, 2).reshape(batch, heads, columns * page_size, row)
+    found = pages.index_select(0, numbers).view(batch, columns * page_size, heads, row)
+    return found.transpose(1, 2)

@@ -146,15 +146,15 @@ class AttentionProblem:
         """The problem of a call. Every call makes its problem here.
 
         Args:
-            shapes: query, key and value as (B, heads, rows, columns); paged keys and values as (num_pages, heads,
-                page_size, columns).
+            shapes: query, key and value as (B, heads, rows, columns); paged keys and values as (num_pages, page_size,
+                heads, columns).
             dtype: the dtype of query, key and value.
         """
-        offsets = shapes.cu_seqlens_q
+        offsets, is_paged = shapes.cu_seqlens_q, shapes.block_table is not None
         return cls(
             batch=shapes.query[0] if offsets is None else offsets[0] - 1,
             num_heads=shapes.query[1],
-            num_kv_heads=shapes.key[1],
+            num_kv_heads=shapes.key[2 if is_paged else 1],
             seqlen_q=scalars.max_seqlen_q,
             seqlen_k=scalars.max_seqlen_k,
             head_dim=shapes.query[3],
@@ -173,7 +173,7 @@ class AttentionProblem:
             has_key_padding=shapes.key_padding is not None,
             has_key_lengths=shapes.key_lengths is not None,
             num_ranges=0 if shapes.key_ranges is None else shapes.key_ranges[3],
-            page_size=0 if shapes.block_table is None else shapes.key[2],
+            page_size=shapes.key[1] if is_paged else 0,
             num_splits=scalars.num_splits,
             has_bias=shapes.bias is not None,
             has_key_bias=shapes.key_bias is not None,

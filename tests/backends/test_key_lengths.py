@@ -152,8 +152,7 @@ def test_inputs_that_require_a_gradient_are_refused() -> None:
 
 def test_the_operator_has_no_gradient_of_pages(backend: str) -> None:
     query, key, value, table, lengths = paged(1, 16)
-    inputs = Inputs(query.requires_grad_(), key.mT.mT.transpose(1, 2), value.transpose(1, 2), key_lengths=lengths,
-                    block_table=table)  # fmt: skip
+    inputs = Inputs(query.requires_grad_(), key, value, key_lengths=lengths, block_table=table)
     out, _, _ = torch.ops.fused_attn.attention(*inputs, *Scalars(1, 94 * 16, 0.3), backend, False)
     with pytest.raises(NotImplementedError, match="fused_attention_paged has no gradients"):
         out.sum().backward()

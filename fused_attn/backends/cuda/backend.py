@@ -21,7 +21,7 @@ from fused_attn.backends.base import (
     native_numbers,
 )
 from fused_attn.backends.cuda import hardware, splits
-from fused_attn.backends.cuda.readable import readable, readable_inputs
+from fused_attn.backends.cuda.readable import readable_inputs, readable_saved
 from fused_attn.backends.cuda.workspace import workspace
 
 name = "cuda"
@@ -114,7 +114,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         others = backward(problem, inputs, saved, wanted._replace(bias=False))
         return others._replace(bias=_gradient_by_lse_alone(inputs, saved))
     read = readable_inputs(problem, inputs)
-    saved = readable(saved, "out", "dout")
+    saved = readable_saved(saved)
     query, key, value = read.query, read.key, read.value
     grads = Gradients(
         empty_like_layout(query, problem.head_dim) if wanted.query else None,

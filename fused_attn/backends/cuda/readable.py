@@ -13,13 +13,18 @@ from fused_attn.backends.base import with_readable_shared
 
 Tensors = TypeVar("Tensors", Inputs, Saved)
 
+# Names of tensors, and the number of the dimension that counts the rows of a head.
+_ROWS = (("query", 2), ("key", 2), ("value", 2))
+_ROWS_OF_PAGES = (("query", 2), ("key", 1), ("value", 1))
+_SAVED_ROWS = (("out", 2), ("dout", 2))
+
 
 def readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     """The inputs in the form that kernels read.
 
-    query, key and value are as `readable` returns them, the others as `with_readable_shared` returns them.
+    query, key and value are as `_with_readable_rows` returns them, the others as `with_readable_shared` returns them.
     """
-    inputs = readable(inputs, "query", "key", "value")
+    inputs = _readable(inputs, _ROWS_OF_PAGES if problem.is_paged else _ROWS)
     if inputs.key_lengths is not None:
         block_table = inputs.block_table
         block_table = None if block_table is None else block_table.contiguous()
@@ -27,29 +32,34 @@ def readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     return with_readable_shared(problem, inputs) if problem.has_shared else inputs
 
 
-def readable(tensors: Tensors, *names: str) -> Tensors:
-    """The tuple with its tensors `names` in the form that kernels read; see `_with_readable_rows`.
+def readable_saved(saved: Saved) -> Saved:
+    """The tensors that forward has saved, with out and dout in the form that kernels read."""
+    return _readable(saved, _SAVED_ROWS)
+
+
+def _readable(tensors: Tensors, rows: tuple[tuple[str, int], ...]) -> Tensors:
+    """The tuple with the tensors named in `rows` as `_with_readable_rows` returns them.
 
     If no tensor changes, the tuple itself is returned, because making a new tuple takes longer than all the checks.
     """
     changed = {}
-    for name in names:
+    for name, rows_dim in rows:
         x = getattr(tensors, name)
-        found = _with_readable_rows(x)
+        found = _with_readable_rows(x, rows_dim)
         if found is not x:
             changed[name] = found
     return tensors._replace(**changed) if changed else tensors
 
 
-def _with_readable_rows(x: Tensor) -> Tensor:
-    """x (B, H, rows, columns), or a copy if kernels cannot read x as it is.
+def _with_readable_rows(x: Tensor, rows_dim: int) -> Tensor:
+    """x with four dimensions, or a copy if kernels cannot read x as it is. Dimension `rows_dim` has the rows of a head.
 
     - Kernels read a row in pieces of 16 bytes. So rows must be contiguous and begin at multiples of 16 bytes.
     - Each row must have an address of its own, so the rows must not be expanded.
     - Kernels read the memory and do not know torch's flag for a negation that has not been carried out.
     """
     x = x.resolve_neg()
-    is_expanded = x.stride(2) == 0 and x.shape[2] > 1
+    is_expanded = x.stride(rows_dim) == 0 and x.shape[rows_dim] > 1
     is_aligned = (
         not is_expanded
         and x.data_ptr() % 16 == 0

@@ -29,7 +29,7 @@ def workspace(
     size = workspace_bytes(
         problem,
         inputs.query.shape,
-        inputs.key.shape[2],
+        problem.page_size or inputs.key.shape[2],
         _mask_entries(inputs),
         0 if relative_bias is None else relative_bias.shape[0],
         key_splits,
@@ -66,7 +66,7 @@ def workspace_bytes(
     """The size of the workspace in bytes, as the native module computes it.
 
     query_shape: (B, H, L, D), with B = 1 for packed problems
-    rows_k: the rows of the key tensor
+    rows_k: the rows of a head of key, or those of a page
     mask_entries: see `_mask_entries`
     relative_bias_heads: the heads of relative_bias; 0 without one
     wanted: the wanted gradients of a backward call; None for forward

@@ -40,6 +40,12 @@ class Rows(NamedTuple):
         stride_b, stride_h, stride_row, _ = x.stride()
         return _new(cls, (x, 0 if is_packed else stride_b, stride_h, stride_row))
 
+    @classmethod
+    def of_pages(cls, x: Tensor) -> Rows:
+        """Pages (num_pages, page_size, heads, columns) as rows, with a page in place of a batch entry."""
+        stride_page, stride_row, stride_h, _ = x.stride()
+        return _new(cls, (x, stride_page, stride_h, stride_row))
+
 
 NO_ROWS = Rows(None)
 

@@ -99,9 +99,8 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
         kernel_lse = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
         splits = Splits(kernel_out, kernel_lse)
     is_packed = problem.is_packed
-    has_packed_keys = is_packed and not problem.is_paged
-    q, k, v = Rows.of(query, is_packed), Rows.of(key, has_packed_keys), Rows.of(value, has_packed_keys)
-    o = Rows.of(kernel_out, is_packed)
+    q, o = Rows.of(query, is_packed), Rows.of(kernel_out, is_packed)
+    k, v = (Rows.of_pages(x) if problem.is_paged else Rows.of(x, is_packed) for x in (key, value))
     with _on_device_of(query):
         _run(
             attention_fwd_kernel,

@@ -165,7 +165,7 @@ def test_a_packed_call_has_one_batch_entry() -> None:
 
 def paged_call() -> dict[str, Any]:
     tensors = dict.fromkeys(call())
-    shapes = {"query": (B, H, L, D), "key": (6, HKV, 4, D), "value": (6, HKV, 4, DV), "out": (B, H, L, DV)}
+    shapes = {"query": (B, H, L, D), "key": (6, 4, HKV, D), "value": (6, 4, HKV, DV), "out": (B, H, L, DV)}
     tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
     return tensors | {"key_lengths": torch.tensor([8, 5]).int(), "block_table": torch.tensor([[0, 5], [2, 3]]).int()}
 
@@ -182,8 +182,8 @@ def paged_call() -> dict[str, Any]:
         ("block_table", lambda: torch.tensor([[0, 5]]).int()),
         ("block_table", lambda: torch.tensor([[0, 5], [2, 3]])),
         ("block_table", lambda: torch.tensor([[0, 5], [2, 3]]).int().T.contiguous().T),
-        ("key", lambda: torch.randn(6, HKV, 0, D)),
-        ("value", lambda: torch.randn(5, HKV, 4, DV)),
+        ("key", lambda: torch.randn(6, 0, HKV, D)),
+        ("value", lambda: torch.randn(5, 4, HKV, DV)),
     ],
 )
 def test_pages(name: str, make: Callable[[], torch.Tensor]) -> None:
