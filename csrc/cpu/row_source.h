@@ -1,5 +1,7 @@
 // Where the rows of key or value lie: one after the other, or in pages.
 #pragma once
+#include <algorithm>
+
 #include "key_blocks.h"
 
 namespace fused_attn::cpu {
@@ -39,7 +41,17 @@ struct RowSource {
 
   // The addresses of the keys of a block.
   void find(const KeyBlock& keys, const Storage** rows) const {
-    find(keys.index, keys.count, 0, keys.index[keys.count - 1], rows);
+    if (pages == nullptr || !keys.contiguous) {
+      find(keys.index, keys.count, 0, keys.index[keys.count - 1], rows);
+      return;
+    }
+    for (int k = 0; k < keys.count;) {
+      const int64_t key = keys.index[k], column = key / page_size, first = key - column * page_size;
+      const int count = static_cast<int>(std::min<int64_t>(page_size - first, keys.count - k));
+      const Storage* row = base + pages[column] * stride_page + first * stride_row;
+      for (int i = 0; i < count; ++i) rows[k + i] = row + i * stride_row;
+      k += count;
+    }
   }
 };
 
