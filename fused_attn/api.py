@@ -252,7 +252,6 @@ def fused_attention_varlen(
     if is_direct or (modes.can_read(cu_seqlens_q) and modes.can_read(cu_seqlens_k)):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], max_seqlen_q)
         checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, key.shape[0], max_seqlen_k)
-    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, total, D)
     relative_bias, seed = masks.with_head_dim(relative_bias), _seed(problem, dropout_seed)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     new_inputs = Inputs if is_compiling else inputs_of
@@ -261,8 +260,7 @@ def fused_attention_varlen(
         cu_seqlens_q, cu_seqlens_k, None,
     )  # fmt: skip
     out, lse, row_max = running.run(problem, chosen, backend, is_direct, inputs, return_lse, return_max)
-    out = out.squeeze(0).transpose(0, 1)
-    of_rows = [x.squeeze(0) for x in _asked_for(lse, row_max, return_lse, return_max)]
+    of_rows = _asked_for(lse, row_max, return_lse, return_max)
     return (out, *of_rows) if of_rows else out
 
 
@@ -352,15 +350,13 @@ def fused_attention_paged(
     if cu_seqlens_q is not None:
         if is_direct or modes.can_read(cu_seqlens_q):
             checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], problem.seqlen_q)
-        query, cu_seqlens_q = query.transpose(0, 1).unsqueeze(0), cu_seqlens_q.contiguous()  # (1, H, total_q, D)
+        cu_seqlens_q = cu_seqlens_q.contiguous()
     new_inputs = Inputs if is_compiling else inputs_of
     inputs = new_inputs(
         query, key_pages, value_pages, None, None, None, sinks, None, None, None, key_padding_mask, key_lengths,
         cu_seqlens_q, None, block_table,
     )  # fmt: skip
     out, lse, _ = running.run(problem, chosen, backend, is_direct, inputs, return_lse, False)
-    if cu_seqlens_q is not None:
-        out, lse = out.squeeze(0).transpose(0, 1), None if lse is None else lse.squeeze(0)
     return (out, lse) if return_lse else out  # type: ignore[return-value]  # as in fused_attention
 
 

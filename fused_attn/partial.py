@@ -137,7 +137,12 @@ def results(
     problem, inputs, _, _ = _planned(query, key, value, options, sinks)
     chosen = None if torch.compiler.is_compiling() else dispatch.choose(problem, options.backend)
     is_direct = modes.is_direct()
-    return running.run(problem, chosen, options.backend, is_direct, inputs, return_lse=True, return_max=return_max)
+    found = running.run(problem, chosen, options.backend, is_direct, inputs, return_lse=True, return_max=return_max)
+    if options.packed is None:
+        return found
+    out, lse, row_max = found
+    assert lse is not None, "it was asked for"
+    return _with_batch(out), lse[None], None if row_max is None else row_max[None]
 
 
 def attention_partial_backward(
@@ -204,14 +209,18 @@ def backward(
         if x is not None and tuple(x.shape) != shape:
             raise checks.fail(name, f"shape {shape}", f"shape {tuple(x.shape)}")
     assert saved.out is not None and saved.lse is not None and saved.dout is not None, "a caller gives these"
-    saved = saved._replace(
-        out=saved.out.to(query.dtype), lse=saved.lse.to(problem.accumulate_dtype), dout=saved.dout.to(query.dtype)
-    )
+    out, lse, dout = saved.out.to(query.dtype), saved.lse.to(problem.accumulate_dtype), saved.dout.to(query.dtype)
+    saved = Saved(out, lse, dout, saved.dlse)
+    if options.packed is not None:
+        saved = Saved(_packed(out), lse[0], _packed(dout), None if saved.dlse is None else saved.dlse[0])
     wanted = Wanted(*(a and x is not None for a, x in zip(wanted, inputs, strict=False)))
     # The reference backend computes out and lse again, which would be those of this part alone.
     kernel = formula.backward_from_saved if backend.is_composite else events.named(backend).backward
     found = kernel(problem, inputs, saved, wanted)
     found = Gradients(*(None if x is None else x.to(problem.accumulate_dtype) for x in found))
+    if options.packed is not None:
+        of_rows = {name: getattr(found, name) for name in ("query", "key", "value")}
+        found = found._replace(**{name: None if x is None else _with_batch(x) for name, x in of_rows.items()})
     if added:
         found = _without_added_keys(found, added)
     sums = Gradients() if into is None else into
@@ -317,8 +326,8 @@ def _planned(
         )  # fmt: skip
         problem = planning.plan(is_compiling, tensors, options.of_call(), options.backend).problem
     else:
-        rows = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # (total, heads, columns)
-        of_packed = (*rows, *packed[:2], relative_bias, sinks)
+        query, key, value = _packed(query), _packed(key), _packed(value)
+        of_packed = (query, key, value, *packed[:2], relative_bias, sinks)
         problem = planning.plan_of_packed(is_compiling, of_packed, lengths, options.of_call(), options.backend).problem
     origin = DropoutOrigin(options.batch_offset, options.head_offset, options.query_offset, options.key_offset)
     problem = (_move if is_compiling else _moved)(problem, origin)
@@ -338,6 +347,16 @@ def _planned(
         cu_seqlens_k=None if packed is None else packed.cu_seqlens_k.contiguous(),
     )
     return problem, inputs, columns, added
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Rows (1, heads, total, columns) as packed rows (total, heads, columns)."""
+    return x[0].transpose(0, 1)
+
+
+def _with_batch(rows: Tensor) -> Tensor:
+    """Packed rows (total, heads, columns) as (1, heads, total, columns)."""
+    return rows.transpose(0, 1)[None]
 
 
 def _check_packed(query: Tensor, key: Tensor, value: Tensor, options: PartialOptions, packed: PackedRows) -> None:

@@ -324,9 +324,9 @@ def _packed_plan(metadata: PackedArguments, max_seqlen_q: int, max_seqlen_k: int
     if sinks is not None:
         checks.check_sinks(sinks, query, num_heads)
     shapes = Shapes(
-        query=(1, num_heads, query.shape[0], query.shape[2]),
-        key=(1, num_kv_heads, key.shape[0], key.shape[2]),
-        value=(1, num_kv_heads, value.shape[0], value.shape[2]),
+        query=query.shape,
+        key=key.shape,
+        value=value.shape,
         relative_bias=_shape(relative_bias),
         sinks=_shape(sinks),
         cu_seqlens_q=cu_seqlens_q.shape,
@@ -389,15 +389,13 @@ def _paged_plan(metadata: PagedArguments, max_seqlen_q: int | None, *options: An
             raise checks.fail(name, f"shape {expected}", f"shape {tuple(x.shape)}")
     checks.check_query_key_value(query, key_pages, value_pages, 3, names=("query", "key_pages", "value_pages"))
     _check_options(checked, query.dtype)
-    query_shape: tuple[int, ...] = query.shape
     if cu_seqlens_q is not None:
         batch, seqlen_q = _packed_queries(query, cu_seqlens_q, max_seqlen_q, key_padding_mask)
-        query_shape = (1, query.shape[1], query.shape[0], query.shape[2])
     else:
         if max_seqlen_q is not None:
             raise checks.fail("max_seqlen_q", "None without cu_seqlens_q", max_seqlen_q)
         batch, seqlen_q = query.shape[0], query.shape[2]
-    num_heads = query_shape[1]
+    num_heads = query.shape[1]
     num_pages, page_size, num_kv_heads, _ = key_pages.shape
     if value_pages.shape[:3] != key_pages.shape[:3]:
         expected = f"the pages, rows and heads of key_pages, {tuple(key_pages.shape[:3])}"
@@ -419,7 +417,7 @@ def _paged_plan(metadata: PagedArguments, max_seqlen_q: int | None, *options: An
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask: expected bool for paged keys, got {key_padding_mask.dtype}")
     shapes = Shapes(
-        query=query_shape,
+        query=query.shape,
         key=key_pages.shape,
         value=value_pages.shape,
         sinks=_shape(sinks),
@@ -502,7 +500,7 @@ def _problem(
     scalars = Scalars(
         seqlen_q,
         seqlen_k,
-        1.0 / math.sqrt(shapes.query[3]) if options.scale is None else float(options.scale),
+        1.0 / math.sqrt(shapes.query[-1]) if options.scale is None else float(options.scale),
         float(options.softcap),
         float(options.dropout_p),
         *_band(shapes, options, bias),

@@ -248,7 +248,7 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
     owned_q, owned_k = sum(lengths_q), sum(lengths_k)
 
     def run(first: int, behind: int, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        rows = {name: F.pad(x, (0, 0, first, behind), value=float("nan")).to(device) for name, x in rows.items()}
+        rows = {name: F.pad(x, (0, 0, 0, 0, first, behind), value=float("nan")).to(device) for name, x in rows.items()}
         leaves = [rows[name].requires_grad_() for name in ("query", "key", "value")]
         offsets = [(_offsets(lengths) + first).to(device) for lengths in (lengths_q, lengths_k)]
         seed = torch.tensor(7, device=device) if options["dropout_p"] else None
@@ -257,20 +257,20 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
             *Scalars(max(lengths_q), max(lengths_k), 0.3, 0.0, options["dropout_p"], *options["window"]),
             backend, options["needs_max"],
         )  # fmt: skip
-        gradients = torch.autograd.grad((out, lse), leaves, (rows["dout"], rows["dlse"][..., 0].to(lse.dtype)))
-        of_rows = {"lse": lse[..., None]} | ({"max": row_max[..., None]} if options["needs_max"] else {})
+        gradients = torch.autograd.grad((out, lse), leaves, (rows["dout"], rows["dlse"][..., 0].T.to(lse.dtype)))
+        of_rows = {"lse": lse.T} | ({"max": row_max.T} if options["needs_max"] else {})
         return {"out": out, **of_rows, **dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))}
 
     shapes = {
-        "query": (1, 4, owned_q, 64), "key": (1, 2, owned_k, 64), "value": (1, 2, owned_k, 64),
-        "dout": (1, 4, owned_q, 64), "dlse": (1, 4, owned_q, 1),
+        "query": (owned_q, 4, 64), "key": (owned_k, 2, 64), "value": (owned_k, 2, 64),
+        "dout": (owned_q, 4, 64), "dlse": (owned_q, 4, 1),
     }  # fmt: skip
     rows = {name: randn(shape, dtype, generator) for name, shape in shapes.items()}
     expected, found = run(0, 0, rows), run(first, behind, rows)
     for name, x in found.items():
-        owned = x[:, :, first:-behind]
+        owned = x[first:-behind]
         torch.testing.assert_close(owned, expected[name], msg=lambda text, name=name: f"{name}: {text}")
-        strays = torch.cat([x[:, :, :first], x[:, :, -behind:]], dim=2)
+        strays = torch.cat([x[:first], x[-behind:]])
         assert (strays == (float("-inf") if name in ("lse", "max") else 0.0)).all(), f"strays of {name}"
 
 

@@ -307,6 +307,16 @@ def test_bools_and_ints_of_numpy_are_taken() -> None:
     )()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize("number", [np.float16, np.float32])
+def test_infinite_numbers_of_numpy_are_refused(name: str, number: type) -> None:
+    call(**{name: number(0.5)})()
+    query = Q.double()  # for float32 tensors, the limit of float32 would refuse the number
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
+        fused_attn.fused_attention(query, query, query, **{name: number("inf")})
+
+
 def test_explain_answers_for_meta_tensors() -> None:
     query, padding = Q.to(META), torch.zeros(2, 5, dtype=torch.bool, device=META)
     explanation = fused_attn.explain(query, query, query, is_causal=True, key_padding_mask=padding)

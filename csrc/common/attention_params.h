@@ -79,7 +79,7 @@ struct AttentionOptions {
 // All arguments of one call. The accumulate type, which is the type of sums, is double if dtype is kFloat64, otherwise
 // float. A tensor whose `data` is null is absent.
 //
-// In a packed (varlen) call, `batch` counts the sequences, but the packed tensors have ONE batch entry, so their
+// In a packed (varlen) call, `batch` counts the sequences, but the packed tensors have no batch dimension, so their
 // stride_batch is 0. Row r of sequence b is row cu_seqlens[b] + r of the packed tensor. In such a call, seqlen_q and
 // seqlen_k are upper bounds of the lengths of all sequences. Keys of packed queries are packed, too, or lie in pages.
 //

@@ -45,11 +45,12 @@ inline int64_t keys_in_band(const AttentionParams& p) {
 template <class Policy, class BlockPolicy>
 bool is_decoding(const AttentionParams& p) {
   if (p.seqlen_q > kDecodeQueries || p.has_dropout) return false;
-  if (BlockPolicy::kUsesAmx && BlockPolicy::kParts == 1 && p.seqlen_q > kDecodeQueriesBesideAmx &&
-      keys_in_band(p) >= kFewKeys)
+  // With num_splits, the bits of a sequence depend on no other one. But p.seqlen_k has room for the longest one.
+  const int64_t keys = p.num_splits > 0 ? kWideBand : keys_in_band(p);
+  if (BlockPolicy::kUsesAmx && BlockPolicy::kParts == 1 && p.seqlen_q > kDecodeQueriesBesideAmx && keys >= kFewKeys)
     return false;
   if (p.lse.data != nullptr && p.page_size == 0) return false;
-  if (p.seqlen_q > kQueriesForAnyBand && keys_in_band(p) < kWideBand) return false;
+  if (p.seqlen_q > kQueriesForAnyBand && keys < kWideBand) return false;
   // Compares the instructions for one key. For each query, decode_forward.h needs those of each vector of the row, and
   // the instructions of about 3 vectors for the sum over lanes and the softmax. forward_blocks.h needs a multiply-add
   // for each element of the row and each vector of queries, and some more for each element, whatever the number of

@@ -21,8 +21,9 @@ struct Problem {
   AttentionParams params;
   ElementType type = ElementType::kOther;
   ElementType accumulate_type = ElementType::kOther;
+  bool is_packed = false;     // the rows of all sequences stand one after another, and there is no batch dimension
   int64_t batch_entries = 0;  // the size of dimension 0 of query; 1 if the call is packed
-  int64_t rows_q = 0;         // the size of dimension 2 of query; the sum of all lengths if the call is packed
+  int64_t rows_q = 0;         // the rows of a head of query; the sum of all lengths if the call is packed
   int64_t rows_k = 0;         // the rows of a head of key, likewise; the rows of a page if the call is paged
 };
 
@@ -57,8 +58,9 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
 // The batch stride of a view. It is 0 if the tensor has one batch entry, in which all sequences of a packed call stand.
 inline int64_t batch_stride(const Argument& argument) { return argument.size(0) == 1 ? 0 : argument.stride(0); }
 
-// Checks a tensor (batch_entries, heads, rows, columns), which must have the dtype of query and contiguous rows, and
-// returns its view. This and the next functions return a view without data for None.
+// Checks a tensor (batch_entries, heads, rows, columns), or (rows, heads, columns) if the call is packed. The tensor must
+// have the dtype of query and contiguous rows. Returns its view. This and the next functions return a view without data
+// for None.
 //
 // The row stride of a single row is 0: torch allows it to be any number, and a kernel computes addresses of rows behind
 // the last one, which it does not read, but whose alignment must be right.
@@ -66,10 +68,14 @@ inline TensorView rows_view(const Problem& problem, const Argument& argument, in
                             int64_t columns) {
   if (!argument.given) return {};
   argument.check_type(problem.type);
+  if (problem.is_packed) {
+    argument.check_shape({rows, heads, columns});
+    argument.check_unit_stride(2);
+    return {argument.data(), 0, argument.stride(1), rows == 1 ? 0 : argument.stride(0), 1};
+  }
   argument.check_shape({problem.batch_entries, heads, rows, columns});
   argument.check_unit_stride(3);
-  const int64_t stride_row = rows == 1 ? 0 : argument.stride(2);
-  return {argument.data(), batch_stride(argument), argument.stride(1), stride_row, 1};
+  return {argument.data(), batch_stride(argument), argument.stride(1), rows == 1 ? 0 : argument.stride(2), 1};
 }
 
 // Checks pages (num_pages, page_size, heads, columns) as rows_view checks its tensor. Their view has a page in place of
@@ -89,11 +95,15 @@ inline TensorView keys_view(const Problem& problem, const Argument& argument, in
   return rows_view(problem, argument, problem.params.num_kv_heads, problem.rows_k, columns);
 }
 
-// Checks lse, its gradient, or row_max: a tensor (batch_entries, num_heads, rows_q) of the accumulate type. Returns its
-// view.
+// Checks lse, its gradient, or row_max: a tensor (batch_entries, num_heads, rows_q), or (num_heads, rows_q) if the call is
+// packed, of the accumulate type. Returns its view.
 inline TensorView lse_view(const Problem& problem, const Argument& argument) {
   if (!argument.given) return {};
   argument.check_type(problem.accumulate_type);
+  if (problem.is_packed) {
+    argument.check_shape({problem.params.num_heads, problem.rows_q});
+    return {argument.data(), 0, argument.stride(0), argument.stride(1), 1};
+  }
   argument.check_shape({problem.batch_entries, problem.params.num_heads, problem.rows_q});
   return {argument.data(), batch_stride(argument), argument.stride(1), argument.stride(2), 1};
 }
@@ -107,23 +117,26 @@ inline TensorView key_padding_view(const Argument& argument, int64_t batch, int6
 }
 
 // Sets the dtypes and sizes that query, key and value define.
-inline void set_sizes(Problem& problem, const Argument& query, const Argument& key, const Argument& value,
-                      bool is_paged) {
+inline void set_sizes(Problem& problem, const Inputs& inputs, const Argument& query, const Argument& key,
+                      const Argument& value) {
   AttentionParams& params = problem.params;
-  for (const Argument* argument : {&query, &key, &value}) {
-    argument->check_ndim(4);
+  const bool is_paged = inputs.block_table != Py_None;
+  problem.is_packed = inputs.cu_seqlens_q != Py_None || inputs.cu_seqlens_k != Py_None;
+  query.check_ndim(problem.is_packed ? 3 : 4);
+  for (const Argument* argument : {&key, &value}) {
+    argument->check_ndim(problem.is_packed && !is_paged ? 3 : 4);
   }
   query.check_float();
   problem.type = query.type;
   problem.accumulate_type = query.type == ElementType::kFloat64 ? ElementType::kFloat64 : ElementType::kFloat32;
-  problem.batch_entries = query.size(0);
-  problem.rows_q = query.size(2);
-  problem.rows_k = key.size(is_paged ? 1 : 2);
+  problem.batch_entries = problem.is_packed ? 1 : query.size(0);
+  problem.rows_q = query.size(problem.is_packed ? 0 : 2);
+  problem.rows_k = key.size(is_paged ? 1 : problem.is_packed ? 0 : 2);
   params.dtype = kernel_dtype(query.type);
   params.num_heads = query.size(1);
   params.num_kv_heads = key.size(is_paged ? 2 : 1);
-  params.head_dim = query.size(3);
-  params.value_dim = value.size(3);
+  params.head_dim = query.size(query.tensor.ndim - 1);
+  params.value_dim = value.size(value.tensor.ndim - 1);
   if (params.num_kv_heads == 0 ? params.num_heads != 0 : params.num_heads % params.num_kv_heads != 0)
     key.fail("a head count that divides " + std::to_string(params.num_heads), std::to_string(params.num_kv_heads));
 }
@@ -199,9 +212,6 @@ inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& 
   if (!cu_seqlens_q.given) cu_seqlens_q.fail("a tensor, as cu_seqlens_k is one", "None");
   if (!cu_seqlens_k.given && inputs.block_table == Py_None)
     cu_seqlens_k.fail("a tensor, as cu_seqlens_q is one", "None");
-  if (problem.batch_entries != 1)
-    throw py::value_error("query: expected one batch entry in a packed problem, got " +
-                          std::to_string(problem.batch_entries));
   if (cu_seqlens_q.tensor.ndim != 1 || cu_seqlens_q.size(0) < 1)
     cu_seqlens_q.fail("shape (batch + 1,)", "shape " + shape_text(cu_seqlens_q.tensor.shape, cu_seqlens_q.tensor.ndim));
   params.batch = cu_seqlens_q.size(0) - 1;
@@ -216,7 +226,7 @@ inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& 
 // As lse_view, for a result of forward, whose rows lie side by side.
 inline TensorView row_results_view(const Problem& problem, const Argument& argument) {
   TensorView view = lse_view(problem, argument);
-  if (argument.given) argument.check_unit_stride(2);
+  if (argument.given) argument.check_unit_stride(argument.tensor.ndim - 1);
   view.stride_row = 1;  // the stride of a tensor with one row may be any number
   return view;
 }
@@ -230,7 +240,7 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
   const Argument key = reader.required(inputs.key, "key");
   const Argument value = reader.required(inputs.value, "value");
   const Argument out = reader.required(out_object, "out");
-  set_sizes(problem, query, key, value, inputs.block_table != Py_None);
+  set_sizes(problem, inputs, query, key, value);
   set_sequences(problem, reader, inputs);
   set_key_lengths(problem, reader, inputs, key);
   params.query = rows_view(problem, query, params.num_heads, problem.rows_q, params.head_dim);

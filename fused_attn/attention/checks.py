@@ -151,12 +151,14 @@ def check_scalars(
     check_flag("enable_gqa", enable_gqa)
     check_probability("dropout_p", dropout_p)
     check_number("softcap", softcap)
+    softcap = _exact(softcap)
     if not 0.0 <= softcap <= LARGEST_FLOAT:
         raise fail("softcap", "a finite number >= 0 (0 = off)", softcap)
     if softcap != 0.0 and not limits.tiny <= softcap <= limits.max:
         raise fail("softcap", f"0 (off), or {limits.tiny:.2e} to {limits.max:.2e} for {dtype} tensors", softcap)
     if scale is not None:
         check_number("scale", scale)
+        scale = _exact(scale)
         if not -LARGEST_FLOAT <= scale <= LARGEST_FLOAT:
             raise fail("scale", "a finite number", scale)
         if not -limits.max <= scale <= limits.max:
@@ -399,6 +401,14 @@ def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqle
         raise fail(name, f"offsets that rise from 0 to the number of rows, {total}", offsets)
     if max(lengths, default=0) > max_seqlen:
         raise fail(f"max_seqlen_{name[-1]}", f"at least the longest sequence, {max(lengths)}", max_seqlen)
+
+
+def _exact(x: float) -> float:
+    """A scalar of NumPy as a float of Python; other numbers as they are.
+
+    A comparison would convert the limits to the type of the scalar, where they may be infinite.
+    """
+    return x if isinstance(x, int) else float(x)
 
 
 def _is_int(x: object) -> bool:

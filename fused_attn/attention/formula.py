@@ -30,7 +30,8 @@ def forward(problem: AttentionProblem, inputs: Inputs) -> tuple[Tensor, Tensor, 
         if problem.is_packed:
             # These rows of out are 0 already. Masking them makes their gradient 0 as well, before it enters a product.
             out = _without_strays(out, masks.positions(problem, x)[0])
-        return follow_layout(out, inputs.query), lse, row_max
+            lse, row_max = lse[0], row_max[0]
+        return _in_layout_of(inputs.query, out), lse, row_max
 
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
@@ -52,6 +53,8 @@ def backward_from_saved(problem: AttentionProblem, inputs: Inputs, saved: Saved,
 def _backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted, uses_saved: bool) -> Gradients:
     with without_autocast(inputs.query.device):
         x = _to_compute(problem, inputs)
+        if problem.is_packed:
+            saved = _with_batch_of_one(saved)
         assert saved.dout is not None, "backward needs the gradient of out"
         if uses_saved:
             assert saved.out is not None and saved.lse is not None, "the caller has saved both"
@@ -82,11 +85,11 @@ def _backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: W
 
         grads = {}
         if wanted.query:
-            grads["query"] = follow_layout((dscores @ x.key).to(problem.dtype), inputs.query)
+            grads["query"] = _in_layout_of(inputs.query, (dscores @ x.key).to(problem.dtype))
         if wanted.key:
-            grads["key"] = follow_layout(_sum_groups(problem, dscores.transpose(-2, -1) @ x.query), inputs.key)
+            grads["key"] = _in_layout_of(inputs.key, _sum_groups(problem, dscores.transpose(-2, -1) @ x.query))
         if wanted.value:
-            grads["value"] = follow_layout(_sum_groups(problem, dropped_probs.transpose(-2, -1) @ dout), inputs.value)
+            grads["value"] = _in_layout_of(inputs.value, _sum_groups(problem, dropped_probs.transpose(-2, -1) @ dout))
         if wanted.bias and inputs.bias is not None:
             grads["bias"] = dbiased.sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
         if wanted.key_bias and inputs.key_bias is not None:
@@ -179,14 +182,19 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
 def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     """The inputs in the accumulate dtype, with as many key heads as query heads, and with zeros in hidden keys.
 
-    Pages are gathered, so that key and value are (B, H, S, D) and (B, H, S, Dv). If the queries are packed, they are
-    (1, H, B * S, D) and (1, H, B * S, Dv), as `masks.positions` counts the keys.
+    All have the dimensions (B, H, rows, columns), with B = 1 if the queries are packed. Pages are gathered, so that
+    there are S keys. If the queries are packed, there are B * S keys, as `masks.positions` counts them.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
+    if problem.is_packed:
+        query = _with_batch(query)
     if inputs.block_table is not None:
         key, value = (pages.gather(x, inputs.block_table) for x in (key, value))
         if problem.is_packed:
             key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (key, value))
+    elif problem.is_packed:
+        key, value = _with_batch(key), _with_batch(value)
+    inputs = inputs._replace(query=query, key=key, value=value)
     hidden = masks.hidden_keys(problem, inputs)
     if hidden is not None:
         # Hidden keys may hold NaN. They are replaced before any product, because 0 * NaN is NaN.
@@ -201,6 +209,27 @@ def _to_compute(problem: AttentionProblem, inputs: Inputs) -> Inputs:
         key, value = (x.repeat_interleave(group_size, dim=1) for x in (key, value))
     sinks = None if inputs.sinks is None else inputs.sinks.to(compute)
     return inputs._replace(query=query.to(compute), key=key, value=value, sinks=sinks)
+
+
+def _with_batch(rows: Tensor) -> Tensor:
+    """Packed rows (total, heads, columns) as (1, heads, total, columns)."""
+    return rows.transpose(0, 1)[None]
+
+
+def _with_batch_of_one(saved: Saved) -> Saved:
+    """What forward has saved of packed rows, with a batch of 1."""
+    out, lse, dout, dlse = saved
+    return Saved(
+        out=None if out is None else _with_batch(out),
+        lse=None if lse is None else lse[None],
+        dout=None if dout is None else _with_batch(dout),
+        dlse=None if dlse is None else dlse[None],
+    )
+
+
+def _in_layout_of(like: Tensor, x: Tensor) -> Tensor:
+    """x (B, heads, rows, columns) in the layout of `like`, which may be packed rows (total, heads, columns)."""
+    return follow_layout(x[0].transpose(0, 1) if like.dim() == 3 else x, like)
 
 
 def _without_strays(x: Tensor, positions: Positions) -> Tensor:

@@ -28,9 +28,9 @@ class Inputs(NamedTuple):
 
     The first seven tensors can have gradients. Registered operators and native modules take the tensors in this order.
 
-    query:         (B, H, L, D); packed problems have B = 1 and the rows of all sequences one after the other
-    key:           (B, Hkv, S, D); paged problems have (num_pages, page_size, Hkv, D), as their caller has them
-    value:         (B, Hkv, S, Dv); paged problems have (num_pages, page_size, Hkv, Dv)
+    query:         (B, H, L, D)
+    key:           (B, Hkv, S, D)
+    value:         (B, Hkv, S, Dv)
     bias:          (B|1, H|1, L|1, S|1) floating point, added to the scores
     key_bias:      (B, S) floating point, added to the scores of a key: floating-point key padding without its -inf
     relative_bias: (H|1, L + S - 1) floating point; column ``j - i + L - 1`` is added to score (i, j)
@@ -46,6 +46,11 @@ class Inputs(NamedTuple):
     block_table:   (B, pages of an entry) int32; key j of batch entry b is row ``j % page_size`` of page
                    ``block_table[b, j // page_size]``. S is the number of columns times page_size. Entries of the table
                    behind the last key may hold any number
+
+    Rows that are packed or lie in pages have the dimensions that their caller has given, because views of them would
+    take longer than a small call. The rows of packed sequences, one after the other, are query (total_q, H, D), key
+    (total_k, Hkv, D) and value (total_k, Hkv, Dv). Pages are key (num_pages, page_size, Hkv, D) and value (num_pages,
+    page_size, Hkv, Dv).
     """
 
     query: Tensor
@@ -151,7 +156,7 @@ class Wanted(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """The tensors that backward gets besides the inputs.
+    """The tensors that backward gets besides the inputs. See `Results` for the shapes of packed problems.
 
     out:  (B, H, L, Dv), the output of forward
     lse:  (B, H, L), the log-sum-exp of forward
@@ -169,8 +174,18 @@ saved_of = _constructor(Saved)
 
 
 #: The results of a forward call: out (B, H, L, Dv) in the dtype of the query, and in the accumulate dtype lse (B, H, L)
-#: and row_max (B, H, L), the largest logit of each row. An entry that the caller does not need may be None.
+#: and row_max (B, H, L), the largest logit of each row. An entry that the caller does not need may be None. Packed
+#: problems have out (total_q, H, Dv), lse (H, total_q) and row_max (H, total_q).
 Results = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def shape_of_lse(query: Tensor, is_packed: bool) -> tuple[int, ...]:
+    """The shape of lse and row_max: (B, H, L), or (H, total_q) if the queries are packed."""
+    if is_packed:
+        rows, heads, _ = query.shape
+        return heads, rows
+    batch, heads, rows, _ = query.shape
+    return batch, heads, rows
 
 
 def take(kind: type[Fields], values: Sequence[Any]) -> tuple[Fields, Sequence[Any]]:

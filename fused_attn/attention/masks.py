@@ -192,7 +192,7 @@ def score_masks(
 
 def ranges_of_scores(key_ranges: Tensor, layout: Layout | None) -> Tensor:
     """The ranges of keys (..., L, N, 2) as (B|1, H|1, L|1, N, 2), with the last two dimensions contiguous."""
-    ranges = _to_rank_4(key_ranges.flatten(-2), layout)  # (B|1, H|1, L|1, 2 N)
+    ranges = _to_rank_4(key_ranges.resolve_neg().flatten(-2), layout)  # (B|1, H|1, L|1, 2 N)
     if ranges.stride(-1) != 1:
         ranges = ranges.contiguous()
     return ranges.unflatten(-1, (-1, 2))

@@ -146,8 +146,7 @@ class AttentionProblem:
         """The problem of a call. Every call makes its problem here.
 
         Args:
-            shapes: query, key and value as (B, heads, rows, columns); paged keys and values as (num_pages, page_size,
-                heads, columns).
+            shapes: those of the `Inputs`.
             dtype: the dtype of query, key and value.
         """
         offsets, is_paged = shapes.cu_seqlens_q, shapes.block_table is not None
@@ -157,8 +156,8 @@ class AttentionProblem:
             num_kv_heads=shapes.key[2 if is_paged else 1],
             seqlen_q=scalars.max_seqlen_q,
             seqlen_k=scalars.max_seqlen_k,
-            head_dim=shapes.query[3],
-            value_dim=shapes.value[3],
+            head_dim=shapes.query[-1],
+            value_dim=shapes.value[-1],
             dtype=dtype,
             device=device,
             scale=scalars.scale,

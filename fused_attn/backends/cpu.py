@@ -7,7 +7,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, empty, empty_like, get_num_threads  # not torch.empty: see `modes`
 
-from fused_attn.attention.inputs import SHARED_ITEMS, Gradients, Inputs, Results, Saved, Wanted, gradients_of, inputs_of
+from fused_attn.attention.inputs import (
+    SHARED_ITEMS,
+    Gradients,
+    Inputs,
+    Results,
+    Saved,
+    Wanted,
+    gradients_of,
+    inputs_of,
+    shape_of_lse,
+)
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import clear_rows, dtype_reasons, in_dtypes_of, native_numbers, with_readable_shared
@@ -55,12 +65,12 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     out = empty_like(query) if is_same else empty_like_layout(query, problem.value_dim)
     lse = row_max = None
     if needs_lse or needs_max:
-        # Sizes one by one, because torch.empty takes twice as long with a torch.Size.
-        batch, heads, rows, _ = query.shape
+        shape = shape_of_lse(query, problem.is_packed)
+        # Sizes one by one, because torch.empty takes twice as long with a tuple.
         if needs_lse:
-            lse = empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
+            lse = empty(*shape, dtype=problem.accumulate_dtype, device=problem.device)
         if needs_max:
-            row_max = empty(batch, heads, rows, dtype=problem.accumulate_dtype, device=problem.device)
+            row_max = empty(*shape, dtype=problem.accumulate_dtype, device=problem.device)
     if problem.is_packed:
         clear_rows(out)
         clear_rows(lse, row_max, value=float("-inf"))

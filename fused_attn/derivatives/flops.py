@@ -25,7 +25,7 @@ def forward_flops(*arguments, out_val=None) -> int:
     """
     inputs, others = take(Inputs, arguments)
     scalars, _ = take(Scalars, others)
-    return 2 * _visible_scores(inputs, scalars) * (inputs.query.shape[3] + inputs.value.shape[3])
+    return 2 * _visible_scores(inputs, scalars) * (inputs.query.shape[-1] + inputs.value.shape[-1])
 
 
 def backward_flops(*arguments, out_val=None) -> int:
@@ -38,7 +38,7 @@ def backward_flops(*arguments, out_val=None) -> int:
     _, (wanted, *numbers) = take(Saved, others)
     scalars, _ = take(Scalars, numbers)
     wanted = Wanted(*wanted)
-    head_dim, value_dim = inputs.query.shape[3], inputs.value.shape[3]
+    head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
     columns = head_dim * (1 + wanted.query + wanted.key) + value_dim * wanted.value
     if any(wanted._replace(value=False)):
         columns += value_dim

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from fused_attn import modes
 from fused_attn.attention import formula
-from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Shapes, Wanted, gradients_of_arguments, take
+from fused_attn.attention.inputs import (
+    Gradients,
+    Inputs,
+    Results,
+    Saved,
+    Shapes,
+    Wanted,
+    gradients_of_arguments,
+    shape_of_lse,
+    take,
+)
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem, Scalars
 from fused_attn.backends import dispatch, events
@@ -74,11 +84,13 @@ def _attention(*arguments):
 
 
 @torch.library.register_fake("fused_attn::attention", lib=_library)
-def _attention_fake(query, key, value, *rest):
+def _attention_fake(*arguments):
     """Empty tensors with the shapes, dtypes and strides of the results, which torch traces in their place."""
+    (query, _, value, *_, cu_seqlens_q, _, _), (*_, needs_max) = take(Inputs, arguments)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    row_max = query.new_empty(query.shape[:3] if rest[-1] else 0, dtype=dtype)
-    return empty_like_layout(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=dtype), row_max
+    shape = shape_of_lse(query, cu_seqlens_q is not None)
+    row_max = query.new_empty(shape if needs_max else 0, dtype=dtype)
+    return empty_like_layout(query, value.shape[-1]), query.new_empty(shape, dtype=dtype), row_max
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
@@ -108,7 +120,7 @@ def _attention_backward_fake(*arguments):
         if not getattr(wanted, name):
             return inputs.query.new_empty(0)
         follows_input = name in ("query", "key", "value")
-        return empty_like_layout(x, x.shape[3]) if follows_input else x.new_empty(x.shape)
+        return empty_like_layout(x, x.shape[-1]) if follows_input else x.new_empty(x.shape)
 
     return tuple(map(make, Gradients._fields))
 

@@ -117,7 +117,8 @@ def _vmap(
     """The rule of torch.func.vmap for a Function: (outputs, the vmapped dimension of each output, always 0).
 
     If every tensor has a batch dimension, the vmapped dimension is folded into the batch, and one call computes all
-    entries. Otherwise each entry of the vmapped dimension is a call of its own. Two more cases need separate calls:
+    entries. Otherwise each entry of the vmapped dimension is a call of its own. Pages have no batch dimension, because
+    the block table of each entry names its own pages. Two more cases need separate calls:
 
     - dropout, because the bits of dropout depend on the index of the batch entry,
     - gradients that are sums over the batch, because one call would also add up the vmapped entries.
@@ -129,7 +130,7 @@ def _vmap(
     with_dims = [(x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
     # A plain problem has only query, key and value. Padding masks and lengths have a batch dimension, too.
     unpadded = replace(problem, has_key_padding=False, has_key_lengths=False)
-    is_batched_throughout = unpadded.is_plain and not are_gradients_shared
+    is_batched_throughout = unpadded.is_plain and not problem.is_paged and not are_gradients_shared
     if not is_batched_throughout:
         entries = [
             apply(problem, *(x if x is None or dim is None else x.select(dim, n) for x, dim in with_dims))

@@ -430,6 +430,8 @@ class PagedBatch(KVCache):
             raise TypeError(f"pages: expected a list with a PagedKVCache for each layer, got {type(pages).__name__}")
         if not pages:
             raise checks.fail("pages", "a PagedKVCache for each layer", "none")
+        if len({id(layer) for layer in pages}) != len(pages):
+            raise checks.fail("pages", "a PagedKVCache of its own for each layer", "one cache for several layers")
         self._parts = [PagedSelfAttentionCache(layer, sequences) for layer in pages]
         self.layers = [LayerCache(self_attention=part) for part in self._parts]
         first = pages[0]

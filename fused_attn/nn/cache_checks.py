@@ -95,11 +95,13 @@ def check_target(device: Any, dtype: Any) -> None:
     """Raises what ``torch.Tensor.to`` raises, also for a cache that is empty.
 
     Raises:
-        TypeError: device or dtype is of another type than torch takes.
+        TypeError: device or dtype is of another type than torch takes, or dtype is no floating-point dtype.
         RuntimeError: there is no device of this name.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise checks.wrong_type("dtype", "None or a torch.dtype", dtype)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
     if device is None or isinstance(device, torch.device):
         return
     if isinstance(device, bool) or not isinstance(device, (str, int)):

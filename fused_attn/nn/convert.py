@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_attn.attention import checks
 from fused_attn.nn.arguments import check_backend
+from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.replacement import replace_attention
 from fused_attn.nn.transformer import convert_layers
 
@@ -64,6 +65,18 @@ def convert_attention(model: nn.Module, backend: str | None = None, *, skip_padd
         warnings.warn(
             f"convert_attention: {type(model).__name__} holds no torch.nn.MultiheadAttention, so nothing has changed. "
             "For a model of Hugging Face, see docs/huggingface.md.",
+            stacklevel=2,
+        )
+    fused_already = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if isinstance(module, FusedMultiheadAttention)
+        and (backend not in (None, module.backend) or (skip_padded_queries and not module.skip_padded_queries))
+    ]
+    if fused_already:
+        warnings.warn(
+            "convert_attention: backend and skip_padded_queries are for new modules. These are fused already, and have "
+            f"attributes of the same names: {', '.join(fused_already)}",
             stacklevel=2,
         )
     fused = replace_attention(model, backend, skip_padded_queries)

@@ -500,7 +500,10 @@ def _check_prefix(model: Model, src: Tensor, prefix: Tensor, settings: Settings)
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts every submodule into eval mode, and afterwards back into the mode that it had."""
+    """Puts every submodule into eval mode, and afterwards back into the mode that it had.
+
+    The mode belongs to the modules: where several threads use one model, the first that ends sets the mode for all.
+    """
     training = [submodule for submodule in module.modules() if submodule.training]
     module.eval()
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn.attention import checks
-from fused_attn.nn.cache_checks import WritableCopies
+from fused_attn.nn.cache_checks import WritableCopies, check_target
 
 
 class OutOfPages(RuntimeError):
@@ -241,7 +241,8 @@ class PagedKVCache(WritableCopies):
         return chosen
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PagedKVCache:
-        """Moves the pages to a device, or converts them to a dtype. Returns the cache itself."""
+        """Moves the pages to a device, or converts them to a floating-point dtype. Returns the cache itself."""
+        check_target(device, dtype)
         with torch.inference_mode(False):
             self.key_pages = self.key_pages.to(device=device, dtype=dtype)
             self.value_pages = self.value_pages.to(device=device, dtype=dtype)

@@ -350,7 +350,7 @@ class Seq2SeqTransformer(nn.Module):
     ) -> Tensor | Generation:
         """Generate a target for each source: greedily, by sampling, or by beam search.
 
-        - Dropout is off during the generation.
+        - Dropout is off during the generation. If several threads generate with one model, call ``eval()`` first.
         - The target of a source does not depend on the other sources in the batch, unless tokens are sampled.
         - ``pad_id`` and ``sos_id`` are never generated.
         - If a layer of the decoder, or its self-attention, is of a class that takes no cache, each step computes all

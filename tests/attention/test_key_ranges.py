@@ -36,6 +36,13 @@ def test_there_are_as_many_ranges_as_the_row_with_most_runs():
     ]
 
 
+def test_ranges_may_be_negated_lazily():
+    """The sign of such a tensor is a flag, which kernels do not see."""
+    query, ranges = torch.randn(1, 2, 6, 8), torch.tensor([0, 3]).expand(6, 1, 2).int()
+    expected = fused_attention(query, query, query, key_ranges=ranges)
+    assert torch.equal(fused_attention(query, query, query, key_ranges=torch._neg_view(-ranges)), expected)
+
+
 @pytest.mark.parametrize("shape", [(9,), (3, 40), (2, 3, 5), (1,), (0,), (4, 0), (0, 4)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool])
 def test_segments_are_runs_of_equal_ids(shape: tuple[int, ...], dtype: torch.dtype):

@@ -76,6 +76,17 @@ def test_no_bit_depends_on_the_other_entries(dtype: torch.dtype, backend: str) -
             longest = int(LENGTHS[entries].max())
             assert torch.equal(function(entries), together[entries])
             assert torch.equal(function(entries, longest), together[entries])
+    # Among 9 queries, those of the second entry see more keys than those of the first can have.
+    query, *others = paged(9, 16, dtype)
+    table, lengths = others[2][:2], torch.tensor([60, 300], dtype=torch.int32)
+    causal = [
+        fused_attention_paged(
+            query[:count], *others[:2], table[:count, :columns], lengths[:count], is_causal=True, num_splits=3,
+            backend=backend,
+        )
+        for count, columns in ((2, 19), (1, 4))
+    ]  # fmt: skip
+    assert torch.equal(causal[0][:1], causal[1])
     many = [1] + [0] * 70  # so many entries that the default cuts nothing
     assert torch.equal(rows(many)[:1], rows([1]))
 

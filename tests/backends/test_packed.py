@@ -24,7 +24,7 @@ def test_strays(dtype: torch.dtype, options: dict, backend: str) -> None:
 
 
 def test_sequences_that_are_none_at_all(backend: str) -> None:
-    query, offsets = torch.full((1, 2, 5, 8), float("nan")).requires_grad_(), torch.zeros(1, dtype=torch.int32)
+    query, offsets = torch.full((5, 2, 8), float("nan")).requires_grad_(), torch.zeros(1, dtype=torch.int32)
     out, lse, row_max = torch.ops.fused_attn.attention(
         *Inputs(query, query, query, cu_seqlens_q=offsets, cu_seqlens_k=offsets), *Scalars(5, 5, 0.3), backend, True
     )

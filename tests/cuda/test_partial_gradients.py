@@ -35,12 +35,14 @@ def attention(
     outs, lses = [], []
     begin_q = begin_k = 0
     for n, (length_q, length_k) in enumerate(zip(*LENGTHS[is_packed], strict=True)):
-        entry = 0 if is_packed else n
         rows, columns = slice(begin_q, begin_q + length_q), slice(begin_k, begin_k + length_k)
+        q, k, v = query[n], key[n], value[n]
+        if is_packed:
+            q, k, v = (x[part].transpose(0, 1) for x, part in ((query, rows), (key, columns), (value, columns)))
         out, lse = oracle.attention(
-            query[entry, :, rows],
-            key[entry, :, columns],
-            value[entry, :, columns],
+            q,
+            k,
+            v,
             None if mask is None else mask[n, :, :length_q, :length_k],
             is_causal=mask is None,
             enable_gqa=True,
@@ -52,7 +54,7 @@ def attention(
             begin_q, begin_k = begin_q + length_q, begin_k + length_k
     if not is_packed:
         return torch.stack(outs), torch.stack(lses)
-    return torch.cat(outs, dim=1)[None], torch.cat(lses, dim=1)[None]
+    return torch.cat(outs, dim=1).transpose(0, 1), torch.cat(lses, dim=1)
 
 
 class Call:
@@ -61,10 +63,11 @@ class Call:
     def __init__(self, head_dim: int, dtype: torch.dtype, has_mask: bool, is_packed: bool, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(head_dim)
         lengths_q, lengths_k = LENGTHS[is_packed]
-        batch, total_q, total_k = (1 if is_packed else len(lengths_q)), sum(lengths_q), sum(lengths_k)
+        total_q, total_k = sum(lengths_q), sum(lengths_k)
 
         def rows(heads: int, count: int) -> Tensor:
-            return torch.randn(batch, heads, count, head_dim, generator=generator).to(dtype)
+            shape = (count, heads) if is_packed else (len(lengths_q), heads, count)
+            return torch.randn(*shape, head_dim, generator=generator).to(dtype)
 
         self.tensors: dict[str, Any] = {
             "query": rows(HEADS, total_q),

@@ -173,7 +173,7 @@ def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]
     mask = torch.rand(2, 1, 5, 7, generator=generator) < 0.7
     ranges = torch.randint(0, 8, (1, 4, 5, 2, 2), generator=generator).int()
     padding = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
-    packed_q, packed_k, packed_v = tensors(generator, (1, 2, 9, 8), (1, 2, 8, 8), (1, 2, 8, 8))
+    packed_q, packed_k, packed_v = tensors(generator, (9, 2, 8), (8, 2, 8), (8, 2, 8))
     offsets_q, offsets_k = torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 8]).int()
     blhd = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value))
     detached = (query.detach(), key.detach(), value.detach())
@@ -334,6 +334,20 @@ def test_third_derivatives(backend: str, generator: torch.Generator) -> None:
     torch.testing.assert_close(third(ours(backend)), expected)
     with Watching():
         torch.testing.assert_close(third(ours(backend)), expected)
+
+
+@pytest.mark.parametrize("in_dims", [(None, 0, None), (None, None, 0), (0, 0, 0), (0, None, None)])
+def test_vmap_over_pages(backend: str, in_dims: tuple, generator: torch.Generator) -> None:
+    """Each entry has pages of its own, which the same block table names."""
+    table, lengths = torch.tensor([[0, 1, 2], [3, 4, 0]]).int(), torch.tensor([5, 3]).int()
+
+    def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return fused_attn.fused_attention_paged(query, keys, values, table, lengths, backend=backend)
+
+    args = [x.detach() for x in tensors(generator, (3, 2, 4, 1, 8), (3, 5, 2, 4, 8), (3, 5, 2, 4, 8))]
+    args = [x[0] if dim is None else x for x, dim in zip(args, in_dims, strict=True)]
+    entries = [[x if dim is None else x[n] for x, dim in zip(args, in_dims, strict=True)] for n in range(3)]
+    torch.testing.assert_close(torch.vmap(attend, in_dims)(*args), torch.stack([attend(*entry) for entry in entries]))
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian, torch.func.vmap])

@@ -300,6 +300,7 @@ def test_indices_outside_of_the_batch(kind: str, part: str, wrong: int) -> None:
     ("arguments", "exception", "message"),
     [
         ({"dtype": "float32"}, TypeError, "dtype: expected None or a torch.dtype, got str 'float32'"),
+        ({"dtype": torch.int32}, TypeError, "dtype: expected a floating-point dtype, got torch.int32"),
         ({"device": 1.5}, TypeError, "device: expected None, a torch.device or the name of one, got float 1.5"),
         ({"device": "nowhere"}, RuntimeError, "nowhere"),
     ],

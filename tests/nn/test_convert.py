@@ -153,6 +153,21 @@ def test_a_second_conversion_is_silent() -> None:
         convert_attention(model)
 
 
+@pytest.mark.parametrize("options", [{"backend": "reference"}, {"skip_padded_queries": True}])
+def test_options_that_change_nothing_are_told(options: dict[str, Any]) -> None:
+    """A model whose attention is fused already keeps the options of that."""
+    model = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2, batch_first=True))
+    convert_attention(model)
+    with pytest.warns(UserWarning, match=r"are for new modules. These are fused already.*: 0$"):
+        convert_attention(model, **options)
+    assert model[0].backend is None and not model[0].skip_padded_queries
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_attention(
+            convert_attention(torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2)), **options), **options
+        )
+
+
 def test_attention_of_other_classes_and_with_a_forward_of_its_own_is_left_alone() -> None:
     model = nn.ModuleDict({"own": OwnForward(E, H), "named": OwnName(E, H), "plain": nn.MultiheadAttention(E, H)})
     model["patched"] = nn.MultiheadAttention(E, H)

@@ -172,6 +172,8 @@ def test_moves() -> None:
     assert cache.to(dtype=torch.float64) is cache
     assert torch.equal(contents(cache, sequence)[0], keys.double())
     assert torch.equal(contents(cache, sequence)[1], values.double())
+    with pytest.raises(TypeError, match=r"dtype: expected a floating-point dtype, got torch\.int32"):
+        cache.to(dtype=torch.int32)
     assert cache.to("meta").key_pages.device.type == "meta"
 
 

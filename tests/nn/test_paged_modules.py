@@ -205,6 +205,8 @@ def test_layers_that_differ_are_refused() -> None:
     smaller.add()
     with pytest.raises(ValueError, match=r"in all layers, \(12, 3\), got \(1, 3\) in layer 1"):
         PagedBatch([pages[0], smaller], [0])
+    with pytest.raises(ValueError, match="pages: expected a PagedKVCache of its own for each layer"):
+        PagedBatch([pages[0]] * 2, [0])
     decoder(torch.randn(1, 2, 32), torch.randn(1, 3, 32), cache=cache)
     pages[1].crop(0, 1)
     with pytest.raises(ValueError, match="the length of sequence 0 in layer 0 in all layers, 2, got 1 in layer 1"):

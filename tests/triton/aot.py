@@ -220,7 +220,7 @@ def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
     )  # fmt: skip
 
     def rows(heads: int, length: int) -> torch.Tensor:
-        shape = (1, heads, BATCH * length) if is_packed else (BATCH, heads, length)
+        shape = (BATCH * length, heads) if is_packed else (BATCH, heads, length)
         return torch.empty(*shape, head_dim, dtype=dtype)
 
     cu_seqlens = torch.empty(BATCH + 1, dtype=torch.int32) if is_packed else None

@@ -31,8 +31,8 @@ def call_padded(batch: int, seqlen_q: int, seqlen_k: int) -> None:
 
 def call_packed(batch: int, seqlen_q: int, seqlen_k: int) -> None:
     problem = replace(PACKED, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    query = torch.empty(1, HEADS, batch * seqlen_q, HEAD_DIM, dtype=problem.dtype)
-    key, value = (torch.empty(1, KV_HEADS, batch * seqlen_k, HEAD_DIM, dtype=problem.dtype) for _ in range(2))
+    query = torch.empty(batch * seqlen_q, HEADS, HEAD_DIM, dtype=problem.dtype)
+    key, value = (torch.empty(batch * seqlen_k, KV_HEADS, HEAD_DIM, dtype=problem.dtype) for _ in range(2))
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32)
     aot.launch(problem, Inputs(query, key, value, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens))
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_attn
 from fused_attn import modes, running
 from fused_attn.attention import checks
-from fused_attn.attention.inputs import Saved, Wanted
+from fused_attn.attention.inputs import Saved, Wanted, shape_of_lse
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import dispatch
 from fused_attn.backends.cuda import hardware
@@ -100,8 +100,8 @@ def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tup
     def run(problem, backend, name, is_direct, inputs, return_lse, return_max):
         query, value = inputs.query, inputs.value
         received.append((problem, inputs))
-        of_rows = query.new_empty(query.shape[:3])
-        return query.new_empty((*query.shape[:3], value.shape[3])), of_rows, of_rows
+        of_rows = query.new_empty(shape_of_lse(query, problem.is_packed))
+        return query.new_empty((*query.shape[:-1], value.shape[-1])), of_rows, of_rows
 
     monkeypatch.setattr(running, "run", run)
     inputs.function(**inputs.tensors, **inputs.options, return_lse=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import architectures, native
-from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
+from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted, shape_of_lse
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import (
@@ -22,7 +22,7 @@ from fused_attn.backends.base import (
 )
 from fused_attn.backends.cuda import hardware, splits
 from fused_attn.backends.cuda.readable import readable_inputs, readable_saved
-from fused_attn.backends.cuda.workspace import workspace
+from fused_attn.backends.cuda.workspace import rows_of_heads, workspace
 
 name = "cuda"
 is_composite = False
@@ -92,8 +92,9 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     inputs = readable_inputs(problem, inputs)
     query = inputs.query
     out = empty_like_layout(query, problem.value_dim)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if needs_lse else None
-    row_max = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if needs_max else None
+    shape = shape_of_lse(query, problem.is_packed)
+    lse = torch.empty(shape, dtype=torch.float32, device=query.device) if needs_lse else None
+    row_max = torch.empty(shape, dtype=torch.float32, device=query.device) if needs_max else None
     results = out, lse, row_max
     has_no_keys = 0 in (inputs.key.numel(), problem.seqlen_k)
     if problem.is_packed or has_no_keys:
@@ -114,7 +115,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         others = backward(problem, inputs, saved, wanted._replace(bias=False))
         return others._replace(bias=_gradient_by_lse_alone(inputs, saved))
     read = readable_inputs(problem, inputs)
-    saved = readable_saved(saved)
+    saved = readable_saved(problem, saved)
     query, key, value = read.query, read.key, read.value
     grads = Gradients(
         empty_like_layout(query, problem.head_dim) if wanted.query else None,
@@ -134,7 +135,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         lse=saved.lse.contiguous(),  # under vmap, lse can be an expanded view
         dlse=None if saved.dlse is None else saved.dlse.resolve_neg(),
     )
-    parts = splits.gradient_splits(problem, query.shape[2], key.shape[2])
+    parts = splits.gradient_splits(problem, *rows_of_heads(problem, inputs))
     memory = workspace(problem, read, wanted, gradient_splits=parts)
     architecture = hardware.device_architecture(problem)
     hardware.module.backward(read, saved, grads, _config(problem), *parts, architecture, memory)

@@ -13,18 +13,15 @@ from fused_attn.backends.base import with_readable_shared
 
 Tensors = TypeVar("Tensors", Inputs, Saved)
 
-# Names of tensors, and the number of the dimension that counts the rows of a head.
-_ROWS = (("query", 2), ("key", 2), ("value", 2))
-_ROWS_OF_PAGES = (("query", 2), ("key", 1), ("value", 1))
-_SAVED_ROWS = (("out", 2), ("dout", 2))
-
 
 def readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     """The inputs in the form that kernels read.
 
     query, key and value are as `_with_readable_rows` returns them, the others as `with_readable_shared` returns them.
     """
-    inputs = _readable(inputs, _ROWS_OF_PAGES if problem.is_paged else _ROWS)
+    of_query = _rows_dim(problem)
+    of_keys = 1 if problem.is_paged else of_query
+    inputs = _readable(inputs, (("query", of_query), ("key", of_keys), ("value", of_keys)))
     if inputs.key_lengths is not None:
         block_table = inputs.block_table
         block_table = None if block_table is None else block_table.contiguous()
@@ -32,13 +29,22 @@ def readable_inputs(problem: AttentionProblem, inputs: Inputs) -> Inputs:
     return with_readable_shared(problem, inputs) if problem.has_shared else inputs
 
 
-def readable_saved(saved: Saved) -> Saved:
+def readable_saved(problem: AttentionProblem, saved: Saved) -> Saved:
     """The tensors that forward has saved, with out and dout in the form that kernels read."""
-    return _readable(saved, _SAVED_ROWS)
+    rows_dim = _rows_dim(problem)
+    return _readable(saved, (("out", rows_dim), ("dout", rows_dim)))
+
+
+def _rows_dim(problem: AttentionProblem) -> int:
+    """The dimension of query, and of key and value without pages, that counts the rows of a head."""
+    return 0 if problem.is_packed else 2
 
 
 def _readable(tensors: Tensors, rows: tuple[tuple[str, int], ...]) -> Tensors:
-    """The tuple with the tensors named in `rows` as `_with_readable_rows` returns them.
+    """The tuple with some tensors as `_with_readable_rows` returns them.
+
+    rows: the names of these tensors, and the dimension of each that counts the rows of a head
+
 
     If no tensor changes, the tuple itself is returned, because making a new tuple takes longer than all the checks.
     """
@@ -52,7 +58,7 @@ def _readable(tensors: Tensors, rows: tuple[tuple[str, int], ...]) -> Tensors:
 
 
 def _with_readable_rows(x: Tensor, rows_dim: int) -> Tensor:
-    """x with four dimensions, or a copy if kernels cannot read x as it is. Dimension `rows_dim` has the rows of a head.
+    """x, or a copy if kernels cannot read x as it is. Dimension `rows_dim` counts the rows of a head.
 
     - Kernels read a row in pieces of 16 bytes. So rows must be contiguous and begin at multiples of 16 bytes.
     - Each row must have an address of its own, so the rows must not be expanded.
@@ -63,7 +69,7 @@ def _with_readable_rows(x: Tensor, rows_dim: int) -> Tensor:
     is_aligned = (
         not is_expanded
         and x.data_ptr() % 16 == 0
-        and all(stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1)
+        and all(stride % 8 == 0 for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
     )
     # Not .contiguous(): it returns a contiguous tensor itself, even if its memory begins at no multiple of 16 bytes.
-    return x if is_aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+    return x if is_aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

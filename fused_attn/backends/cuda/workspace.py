@@ -28,8 +28,7 @@ def workspace(
     relative_bias = inputs.relative_bias
     size = workspace_bytes(
         problem,
-        inputs.query.shape,
-        problem.page_size or inputs.key.shape[2],
+        *rows_of_heads(problem, inputs),
         _mask_entries(inputs),
         0 if relative_bias is None else relative_bias.shape[0],
         key_splits,
@@ -38,6 +37,14 @@ def workspace(
         None if inputs.bias is None or wanted is None or not wanted.bias else inputs.bias.shape,
     )
     return torch.empty(size // 4, dtype=torch.float32, device=inputs.query.device) if size else None
+
+
+def rows_of_heads(problem: AttentionProblem, inputs: Inputs) -> tuple[int, int]:
+    """The rows of a head of query and of key: of all sequences if they are packed, and of a page if they are paged."""
+    rows_q = inputs.query.shape[0] if problem.is_packed else problem.seqlen_q
+    if problem.is_paged:
+        return rows_q, problem.page_size
+    return rows_q, inputs.key.shape[0] if problem.is_packed else problem.seqlen_k
 
 
 def _mask_entries(inputs: Inputs) -> int:
@@ -54,7 +61,7 @@ def _mask_entries(inputs: Inputs) -> int:
 @functools.lru_cache(maxsize=4096)
 def workspace_bytes(
     problem: AttentionProblem,
-    query_shape: torch.Size,
+    rows_q: int,
     rows_k: int,
     mask_entries: int,
     relative_bias_heads: int,
@@ -65,22 +72,20 @@ def workspace_bytes(
 ) -> int:
     """The size of the workspace in bytes, as the native module computes it.
 
-    query_shape: (B, H, L, D), with B = 1 for packed problems
-    rows_k: the rows of a head of key, or those of a page
+    rows_q, rows_k: as `rows_of_heads` returns them
     mask_entries: see `_mask_entries`
     relative_bias_heads: the heads of relative_bias; 0 without one
     wanted: the wanted gradients of a backward call; None for forward
     dbias_shape: the shape of the gradient of bias; None if it is not wanted
     """
-    batch_entries, num_heads, rows_q, _ = query_shape
     wants = Wanted() if wanted is None else wanted
     # In the order of WorkspaceNeeds (csrc/cuda/attention.h).
     return hardware.module.workspace_bytes(
         architecture=hardware.architecture(problem, has_large_kernels=key_splits.large > 0),
         is_backward=wanted is not None,
         batch=problem.batch,
-        batch_entries=batch_entries,
-        num_heads=num_heads,
+        batch_entries=1 if problem.is_packed else problem.batch,
+        num_heads=problem.num_heads,
         num_kv_heads=problem.num_kv_heads,
         rows_q=rows_q,
         rows_k=rows_k,

@@ -24,8 +24,8 @@ UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "heads_per
 class Rows(NamedTuple):
     """A (B, heads, rows, columns) tensor whose column stride is 1.
 
-    A packed tensor is (1, heads, total rows, columns). Its stride_b is 0, because q_offset and k_offset lead to the
-    rows of a sequence.
+    A packed tensor is (total rows, heads, columns). Its stride_b is 0, because q_offset and k_offset lead to the rows
+    of a sequence. Pages are (num_pages, page_size, heads, columns). Their stride_b is that of a page.
     """
 
     ptr: Tensor | None
@@ -37,12 +37,14 @@ class Rows(NamedTuple):
     def of(cls, x: Tensor | None, is_packed: bool = False) -> Rows:
         if x is None:
             return NO_ROWS
+        if is_packed:
+            stride_row, stride_h, _ = x.stride()
+            return _new(cls, (x, 0, stride_h, stride_row))
         stride_b, stride_h, stride_row, _ = x.stride()
-        return _new(cls, (x, 0 if is_packed else stride_b, stride_h, stride_row))
+        return _new(cls, (x, stride_b, stride_h, stride_row))
 
     @classmethod
     def of_pages(cls, x: Tensor) -> Rows:
-        """Pages (num_pages, page_size, heads, columns) as rows, with a page in place of a batch entry."""
         stride_page, stride_row, stride_h, _ = x.stride()
         return _new(cls, (x, stride_page, stride_h, stride_row))
 

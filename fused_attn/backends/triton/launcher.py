@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from triton import JITFunction
 from triton.compiler import CompiledKernel
 
-from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted
+from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted, shape_of_lse
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import clear_rows
@@ -80,9 +81,10 @@ class Plan(NamedTuple):
 def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_max: bool) -> Results:
     query, key, value = _readable(inputs.query, inputs.key, inputs.value)
     out = empty_like_layout(query, problem.value_dim)
-    batch, heads, rows, _ = query.shape
-    lse = query.new_empty((batch, heads, rows), dtype=torch.float32) if needs_lse else None
-    row_max = query.new_empty((batch, heads, rows), dtype=torch.float32) if needs_max else None
+    shape = shape_of_lse(query, problem.is_packed)
+    heads, rows = shape[-2:]
+    lse = query.new_empty(shape, dtype=torch.float32) if needs_lse else None
+    row_max = query.new_empty(shape, dtype=torch.float32) if needs_max else None
     results = out, lse, row_max
     if problem.is_packed:
         clear_rows(out)
@@ -91,10 +93,10 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
         return results
     plan = _plan(problem, _is_biased(inputs), _allows_tf32(problem.dtype))
     masks, masks_kind = _masks(problem, inputs)
-    kernel_out, kernel_lse, num_rows = out, lse, batch * heads * rows
+    kernel_out, kernel_lse, num_rows = out, lse, math.prod(shape)
     splits = None
     if plan.num_splits > 1:
-        shape = (plan.num_splits * batch, heads, rows)
+        shape = (plan.num_splits * problem.batch, heads, rows)
         kernel_out = torch.empty((*shape, problem.value_dim), dtype=torch.float32, device=query.device)
         kernel_lse = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
         splits = Splits(kernel_out, kernel_lse)
@@ -180,9 +182,9 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         Rows.of(x, problem.is_packed) for x in (query, key, value, out, dout, dquery, dkey, dvalue)
     )
     dlse = None if dlse is None else dlse.resolve_neg().contiguous()
-    sizes = (problem.seqlen_q, problem.seqlen_k, lse.shape[2], problem.band.offset)
+    sizes = (problem.seqlen_q, problem.seqlen_k, lse.shape[-1], problem.band.offset)
     with _on_device_of(query):
-        lse_kinds = (kind_of_pointer(lse), kind_of_pointer(delta), kind_of_pointer(factor), lse.shape[2] >= WIDE)
+        lse_kinds = (kind_of_pointer(lse), kind_of_pointer(delta), kind_of_pointer(factor), lse.shape[-1] >= WIDE)
         q_kind, k_kind, v_kind, dout_kind = kind_of(q), kind_of(k), kind_of(v), kind_of(dout_rows)
         shared = (q_kind, k_kind, v_kind, dout_kind, masks_kind, lse_kinds)
         _run(
@@ -417,13 +419,13 @@ def _readable(*tensors: Tensor) -> list[Tensor]:
 
     Kernels get an address. The negation bit of a tensor, which says that its data is to be negated, would be lost.
     """
-    return [x if x.stride(3) == 1 and not x.is_neg() else _readable_copy(x) for x in tensors]
+    return [x if x.stride(-1) == 1 and not x.is_neg() else _readable_copy(x) for x in tensors]
 
 
 def _readable_copy(x: Tensor) -> Tensor:
     """See `_readable`. A tensor of one column needs no column stride of 1."""
     x = x.resolve_neg()
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _multiprocessors(device: torch.device) -> int:

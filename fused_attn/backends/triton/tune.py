@@ -452,10 +452,10 @@ class _Inputs:
         # With padding or packed sequences, about half of the positions exist, so that kernels that skip the others
         # show it in their time.
         lengths = torch.tensor([LENGTH * (batch + 1) // (BATCH + 1) for batch in range(BATCH)], device=device)
-        shape = (BATCH, HEADS, LENGTH, workload.head_dim)
+        shape: tuple[int, ...] = (BATCH, HEADS, LENGTH, workload.head_dim)
         cu_seqlens = None
         if problem.is_packed:
-            shape = (1, HEADS, int(lengths.sum()), workload.head_dim)
+            shape = (int(lengths.sum()), HEADS, workload.head_dim)
             cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         query, key, value, self._dout = (self._randn(*shape).to(workload.dtype) for _ in range(4))
         inputs = Inputs(

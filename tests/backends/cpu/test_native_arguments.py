@@ -55,9 +55,9 @@ def call() -> dict[str, Any]:
 
 def packed_call() -> dict[str, Any]:
     tensors = dict.fromkeys(call())
-    shapes = {"query": (1, H, 9, D), "key": (1, HKV, 8, D), "value": (1, HKV, 8, DV), "out": (1, H, 9, DV)}
+    shapes = {"query": (9, H, D), "key": (8, HKV, D), "value": (8, HKV, DV), "out": (9, H, DV)}
     tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
-    tensors |= {"dout": torch.randn(1, H, 9, DV), "lse": torch.zeros(1, H, 9), "row_max": None}
+    tensors |= {"dout": torch.randn(9, H, DV), "lse": torch.zeros(H, 9), "row_max": None}
     return tensors | {"cu_seqlens_q": torch.tensor([0, 4, 9]).int(), "cu_seqlens_k": torch.tensor([0, 5, 8]).int()}
 
 
@@ -158,9 +158,10 @@ def test_offsets(name: str, make: Callable[[], torch.Tensor | None]) -> None:
         run(packed_call() | {name: make()})
 
 
-def test_a_packed_call_has_one_batch_entry() -> None:
-    with pytest.raises(ValueError, match=r"^query: expected one batch entry in a packed problem, got 2"):
-        run(call() | {name: packed_call()[name] for name in ("cu_seqlens_q", "cu_seqlens_k")})
+@pytest.mark.parametrize("name", ["query", "key", "value", "out", "dout", "lse"])
+def test_packed_rows_have_no_batch_dimension(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected (3 dimensions|shape \(.*\)), got "):
+        run(packed_call() | {name: packed_call()[name][None]})
 
 
 def paged_call() -> dict[str, Any]:
