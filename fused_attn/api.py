@@ -347,14 +347,15 @@ def fused_attention_paged(
                     name, "a tensor without gradient, because fused_attention_paged is for inference "
                     "(call it under torch.no_grad())", "one that requires a gradient",
                 )  # fmt: skip
+    key, value, key_padding = key_pages, value_pages, key_padding_mask
     if cu_seqlens_q is not None:
         if is_direct or modes.can_read(cu_seqlens_q):
             checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, query.shape[0], problem.seqlen_q)
         cu_seqlens_q = cu_seqlens_q.contiguous()
     new_inputs = Inputs if is_compiling else inputs_of
     inputs = new_inputs(
-        query, key_pages, value_pages, None, None, None, sinks, None, None, None, key_padding_mask, key_lengths,
-        cu_seqlens_q, None, block_table,
+        query, key, value, None, None, None, sinks, None, None, None, key_padding, key_lengths, cu_seqlens_q, None,
+        block_table,
     )  # fmt: skip
     out, lse, _ = running.run(problem, chosen, backend, is_direct, inputs, return_lse, False)
     return (out, lse) if return_lse else out  # type: ignore[return-value]  # as in fused_attention

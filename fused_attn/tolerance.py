@@ -8,7 +8,6 @@ true results in float64, and those of eager attention.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -86,15 +85,13 @@ def noise(
     dropout_p: float,
     largest_score: float,
     largest_weight_grad: float,
-    delta_grads: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
     """The rounding error of each result that no algorithm can avoid on these inputs.
 
     There are three causes:
     - A score has the absolute error eps * |score|. The exponential turns it into a relative error of the prob.
     - The gradient of a score is prob * (dprob - delta). The two numbers may be far larger than their difference.
-    - delta = <dout, out> is computed from an ``out`` that was rounded to the dtype. The gradient of a bias that several
-      queries share adds up the errors of their deltas.
+    - delta = <dout, out> is computed from an ``out`` that was rounded to the dtype.
 
     Args:
         dtype: the dtype of the output under test.
@@ -103,30 +100,23 @@ def noise(
         dout, dlse: the gradients of the loss by ``out`` and ``lse``.
         largest_score: the largest magnitude of all visible scores.
         largest_weight_grad: the largest magnitude of the gradients of the probs, from dout alone.
-        delta_grads: for gradients of biases and sinks, the error by the rounding of ``out`` in delta. A gradient that
-            is missing here gets the error of one query.
     """
     accumulate = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     relative = accumulate * max(1.0, largest_score / 4)
     factor = 1.0 / (1.0 - dropout_p) if 0.0 < dropout_p < 1.0 else 1.0
     weight_grad = largest_weight_grad + (0.0 if dlse is None else largest(dlse))
     delta = largest((truth["out"] * dout.double()).square().sum(-1).sqrt())
-    rounded = torch.finfo(dtype).eps / 2 * delta
-    score_grad = 8 * relative * weight_grad
-
-    def of_scores(name: str, factor: float = 1.0) -> float:
-        return factor * score_grad + max(factor * rounded, delta_grads.get(name, 0.0))
-
+    score_grad = 8 * relative * weight_grad + torch.finfo(dtype).eps / 2 * delta
     found = {
         "out": relative * factor * largest(tensors["value"]),
         # In low precision, probs are rounded to the dtype before they are summed.
         "lse": 2 * relative + (0.0 if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps / 4),
         "max": relative,
-        "dquery": of_scores("dquery", abs(scale) * largest(tensors["key"])),
-        "dkey": of_scores("dkey", abs(scale) * largest(tensors["query"])),
+        "dquery": score_grad * abs(scale) * largest(tensors["key"]),
+        "dkey": score_grad * abs(scale) * largest(tensors["query"]),
         "dvalue": 4 * relative * factor * largest(dout),
     }
-    return {name: found[name] if name in found else of_scores(name) for name in truth}
+    return {name: found.get(name, score_grad) for name in truth}
 
 
 def largest(x: Tensor) -> float:

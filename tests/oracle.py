@@ -390,8 +390,9 @@ def expected(
         dropout_p=options.get("dropout_p", 0.0),
         largest_score=watch["score"],
         largest_weight_grad=watch["weight_grad"],
-        delta_grads=delta_grads,
     )
+    # `tolerance.noise` counts the error of the delta of one query.
+    noise |= {name: max(noise[name], error) for name, error in delta_grads.items()}
     return Expected(truth, eager, tensors["query"].dtype, noise)
 
 
