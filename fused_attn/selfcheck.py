@@ -315,6 +315,7 @@ def _noise(case: Case, inputs: list[Tensor], exact: dict[str, Tensor]) -> dict[s
     kwargs = case.kwargs(query.device)
     scale = kwargs.get("scale", 1.0 / math.sqrt(case.head_dim))
     dout = _dout(exact["out"])
+    rows_of_dout = dout.view(query.shape[0], -1, *dout.shape[1:]).transpose(1, 2) if case.is_packed else dout
     noise = tolerance.noise(
         inputs[0].dtype,
         exact,
@@ -324,7 +325,7 @@ def _noise(case: Case, inputs: list[Tensor], exact: dict[str, Tensor]) -> dict[s
         scale=scale,
         dropout_p=kwargs.get("dropout_p", 0.0),
         largest_score=abs(scale) * _largest_product(query, key),
-        largest_weight_grad=_largest_product(dout.view(*query.shape[:3], -1), value),
+        largest_weight_grad=_largest_product(rows_of_dout, value),
     )
     return noise | {"out with gradients": noise["out"]}
 

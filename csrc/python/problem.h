@@ -55,12 +55,13 @@ inline const int32_t* checked_cu_seqlens(const Reader& reader, const Argument& c
   return starts;
 }
 
-// The batch stride of a view. It is 0 if the tensor has one batch entry, in which all sequences of a packed call stand.
+// The stride between the batch entries, or the pages, of a view. If there is one, its stride may be any number, and the
+// stride of the view is 0.
 inline int64_t batch_stride(const Argument& argument) { return argument.size(0) == 1 ? 0 : argument.stride(0); }
 
-// Checks a tensor (batch_entries, heads, rows, columns), or (rows, heads, columns) if the call is packed. The tensor must
-// have the dtype of query and contiguous rows. Returns its view. This and the next functions return a view without data
-// for None.
+// Checks a tensor (batch_entries, heads, rows, columns), or (rows, heads, columns) if the call is packed. The tensor
+// must have the dtype of query and contiguous rows. Returns its view. This and the next functions return a view without
+// data for None.
 //
 // The row stride of a single row is 0: torch allows it to be any number, and a kernel computes addresses of rows behind
 // the last one, which it does not read, but whose alignment must be right.
@@ -95,8 +96,8 @@ inline TensorView keys_view(const Problem& problem, const Argument& argument, in
   return rows_view(problem, argument, problem.params.num_kv_heads, problem.rows_k, columns);
 }
 
-// Checks lse, its gradient, or row_max: a tensor (batch_entries, num_heads, rows_q), or (num_heads, rows_q) if the call is
-// packed, of the accumulate type. Returns its view.
+// Checks lse, its gradient, or row_max: a tensor (batch_entries, num_heads, rows_q), or (num_heads, rows_q) if the call
+// is packed, of the accumulate type. Returns its view.
 inline TensorView lse_view(const Problem& problem, const Argument& argument) {
   if (!argument.given) return {};
   argument.check_type(problem.accumulate_type);

@@ -408,7 +408,7 @@ def _exact(x: float) -> float:
 
     A comparison would convert the limits to the type of the scalar, where they may be infinite.
     """
-    return x if isinstance(x, int) else float(x)
+    return float(x) if hasattr(x, "dtype") else x
 
 
 def _is_int(x: object) -> bool:

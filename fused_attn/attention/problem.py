@@ -85,7 +85,7 @@ class AttentionProblem:
 
     Problems are compared and hashed by identity, so that a backend finds what it has cached for a problem quickly.
 
-    is_packed:      the tensors have one batch entry that holds the rows of all sequences; ``batch`` is the number of
+    is_packed:      the rows of all sequences stand one after another, see `Inputs`; ``batch`` is the number of
                     sequences, ``seqlen_q`` and ``seqlen_k`` are the largest lengths
     page_size:      the rows of a page of keys; 0 = keys and values are not paged
     num_ranges:     how many ranges of keys a query has (`Inputs.key_ranges`); 0 = the call has no ranges

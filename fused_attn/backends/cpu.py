@@ -155,12 +155,13 @@ def _empty_shared_gradients(problem: AttentionProblem, inputs: Inputs, wanted: W
 def _with_unit_strides(tensors: Tensors, *names: str) -> Tensors:
     """Copies each named tensor whose last stride is not 1. Returns the same object if there is none.
 
-    The kernels accept any strides of the other dimensions.
+    The kernels accept any strides of the other dimensions. But where the rows of a tensor overlap, the last stride of
+    its `empty_like`, which is to hold a result, may not be 1. Such a tensor is copied, too.
     """
     copies = {}
     for name in names:
         x = getattr(tensors, name)
-        if x is not None and x.stride(-1) != 1:
+        if x is not None and (x.stride(-1) != 1 or (x.shape[-1] > 1 and empty_like(x).stride(-1) != 1)):
             # Not .contiguous(), which leaves empty tensors and last dimensions of size 1 as they are.
             copies[name] = x.clone(memory_format=torch.contiguous_format)
     return tensors._replace(**copies) if copies else tensors

@@ -33,7 +33,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: tuple[Backend, AttentionProblem, bool, bool, Inputs], *tensors: Tensor | None):
-        """Returns out (B, H, L, Dv), or all `Results` with return_lse or return_max. Saves what `backward` needs."""
+        """Returns out, or all `Results` with return_lse or return_max. Saves what `backward` needs."""
         backend, problem, return_lse, return_max, inputs = call
         ctx.call = backend, problem  # without the inputs, which save_for_backward keeps and guards against changes
         out, lse, row_max = backend.forward(problem, inputs, True, return_max)

@@ -422,7 +422,7 @@ class PagedBatch(KVCache):
 
     Raises:
         TypeError: pages is no list, an entry of pages is no `PagedKVCache`, or sequences is no list of ints.
-        ValueError: there are no pages, a sequence is unknown or named twice, or the layers differ.
+        ValueError: there are no pages, layers share a cache or differ, or a sequence is unknown or named twice.
     """
 
     def __init__(self, pages: Sequence[PagedKVCache], sequences: Sequence[int]):
@@ -430,9 +430,9 @@ class PagedBatch(KVCache):
             raise TypeError(f"pages: expected a list with a PagedKVCache for each layer, got {type(pages).__name__}")
         if not pages:
             raise checks.fail("pages", "a PagedKVCache for each layer", "none")
+        self._parts = [PagedSelfAttentionCache(layer, sequences) for layer in pages]
         if len({id(layer) for layer in pages}) != len(pages):
             raise checks.fail("pages", "a PagedKVCache of its own for each layer", "one cache for several layers")
-        self._parts = [PagedSelfAttentionCache(layer, sequences) for layer in pages]
         self.layers = [LayerCache(self_attention=part) for part in self._parts]
         first = pages[0]
         for i, layer in enumerate(pages):

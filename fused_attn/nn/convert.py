@@ -39,7 +39,8 @@ def convert_attention(model: nn.Module, backend: str | None = None, *, skip_padd
     Some modules are left alone, and a warning names them:
 
     - instances of subclasses of `nn.MultiheadAttention`; parametrised modules are such instances,
-    - modules with a forward of their own.
+    - modules with a forward of their own,
+    - instances of `FusedMultiheadAttention`, which keep their backend and their skip_padded_queries.
 
     A model without any of these modules, such as most models of Hugging Face, is returned as it is, with a warning.
 

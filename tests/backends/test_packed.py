@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cases
 import pytest
 import torch
@@ -30,6 +32,22 @@ def test_sequences_that_are_none_at_all(backend: str) -> None:
     )
     (dquery,) = torch.autograd.grad(out, query, torch.full_like(out, float("nan")))
     assert (out == 0).all() and (lse == float("-inf")).all() and torch.equal(row_max, lse) and (dquery == 0).all()
+
+
+@pytest.mark.parametrize("names", ["q", "kv", "qkv"])
+def test_heads_may_overlap(names: str, backend: str) -> None:
+    """The elements of a head lie one behind those of the head before."""
+    offsets = torch.tensor([0, 9, 20]).int()
+
+    def run(make: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        rows = torch.randn(200, generator=torch.Generator().manual_seed(0)).as_strided((20, 4, 8), (4, 1, 1))
+        query, keys = (make(rows) if name in names else rows.contiguous() for name in ("q", "kv"))
+        leaves = [x.detach().requires_grad_() for x in (query, keys, keys)]
+        out = fused_attention_varlen(*leaves, offsets, offsets, 11, 11, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    for found, expected in zip(run(lambda x: x), run(torch.Tensor.contiguous), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_compiled_layer_trains(backend: str) -> None:

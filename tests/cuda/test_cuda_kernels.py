@@ -24,6 +24,9 @@ from test_fuzz import attention_cases, fuzz, packed_cases, paged_cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
+from fused_attn.attention import inputs as tensors_of_call
+from fused_attn.attention.memory_order import empty_like_layout
+from fused_attn.attention.problem import AttentionProblem, Scalars
 from fused_attn.backends.cuda import backend as cuda
 from fused_attn.backends.cuda import hardware
 from fused_attn.partial import attention_partial, attention_partial_backward
@@ -555,6 +558,28 @@ def test_rows_that_no_kernel_can_read_are_copied(layout: str) -> None:
 @pytest.mark.usefixtures("running")
 def test_rows_may_overlap() -> None:
     cases.check_overlapping_rows("cuda")
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
+def test_results_of_copied_rows_follow_the_layout_of_the_caller(is_packed: bool, generator: torch.Generator) -> None:
+    """As compiled code expects, which does not know that the backend copies rows that are not aligned."""
+
+    def rows() -> torch.Tensor:
+        x = torch.randn(4, 9, 68, generator=generator).half()[..., :64]  # heads before rows
+        return x.transpose(0, 1) if is_packed else x.unflatten(1, (3, 3)).transpose(0, 1)
+
+    query, key, value, dout = (rows() for _ in range(4))
+    offsets = torch.tensor([0, 9]).int() if is_packed else None
+    inputs = tensors_of_call.Inputs(query, key, value, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    shapes = tensors_of_call.Shapes(*(None if x is None else x.shape for x in inputs))
+    longest = 9 if is_packed else 3
+    problem = AttentionProblem.of(shapes, query.dtype, query.device, Scalars(longest, longest, 0.125))
+    out, lse, _ = cuda.forward(problem, inputs, needs_lse=True, needs_max=False)
+    wanted = tensors_of_call.Wanted(query=True, key=True, value=True)
+    grads = cuda.backward(problem, inputs, tensors_of_call.Saved(out, lse, dout=dout), wanted)
+    for found, like in zip((out, *grads), (query, query, key, value), strict=False):
+        assert found.stride() == empty_like_layout(like, 64).stride()
 
 
 @pytest.mark.usefixtures("running")

@@ -89,9 +89,10 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     parts = splits.KeySplits(large=splits.large_splits(problem)) if needs_max else splits.key_splits(problem)
     if parts.decode and inputs.key_bias is not None:
         inputs = _with_key_bias_in_bias(inputs)
+    # Results follow the layout of what the caller has given, as compiled code expects, and not that of a copy.
+    out = empty_like_layout(inputs.query, problem.value_dim)
     inputs = readable_inputs(problem, inputs)
     query = inputs.query
-    out = empty_like_layout(query, problem.value_dim)
     shape = shape_of_lse(query, problem.is_packed)
     lse = torch.empty(shape, dtype=torch.float32, device=query.device) if needs_lse else None
     row_max = torch.empty(shape, dtype=torch.float32, device=query.device) if needs_max else None
@@ -116,7 +117,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         return others._replace(bias=_gradient_by_lse_alone(inputs, saved))
     read = readable_inputs(problem, inputs)
     saved = readable_saved(problem, saved)
-    query, key, value = read.query, read.key, read.value
+    query, key, value = inputs.query, inputs.key, inputs.value
     grads = Gradients(
         empty_like_layout(query, problem.head_dim) if wanted.query else None,
         empty_like_layout(key, problem.head_dim) if wanted.key else None,

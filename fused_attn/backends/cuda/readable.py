@@ -45,7 +45,6 @@ def _readable(tensors: Tensors, rows: tuple[tuple[str, int], ...]) -> Tensors:
 
     rows: the names of these tensors, and the dimension of each that counts the rows of a head
 
-
     If no tensor changes, the tuple itself is returned, because making a new tuple takes longer than all the checks.
     """
     changed = {}

@@ -22,7 +22,7 @@ UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "heads_per
 
 
 class Rows(NamedTuple):
-    """A (B, heads, rows, columns) tensor whose column stride is 1.
+    """The rows of a tensor (B, heads, rows, columns), of packed rows, or of pages. The column stride is 1.
 
     A packed tensor is (total rows, heads, columns). Its stride_b is 0, because q_offset and k_offset lead to the rows
     of a sequence. Pages are (num_pages, page_size, heads, columns). Their stride_b is that of a page.

@@ -62,8 +62,8 @@ class Softmax(NamedTuple):
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_splits", "split_rows"))
 def attention_fwd_kernel(
     q,  # Rows (B, H, L, D)
-    k,  # Rows (B, Hkv, S, D); paged: (num_pages, Hkv, page_size, D)
-    v,  # Rows (B, Hkv, S, Dv); paged: (num_pages, Hkv, page_size, Dv)
+    k,  # Rows (B, Hkv, S, D), or of pages
+    v,  # Rows (B, Hkv, S, Dv), or of pages
     out,  # Rows (B, H, L, Dv), written. If IS_SPLIT: the first split of (num_splits, B, H, L, Dv) float32
     lse,  # (B, H, L) float32 or None, written. If IS_SPLIT: (2, num_splits, B, H, L), first row_max, then row_sum
     max_out,  # (B, H, L) float32 or None, the largest logit of each row, written unless IS_SPLIT

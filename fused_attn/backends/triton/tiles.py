@@ -93,7 +93,7 @@ def head_slice_of(batch, head, kv_head, masks, settings, seqlen_q, seqlen_k, lse
         length_k = tl.minimum(tl.maximum(tl.load(masks.key_lengths + batch), 0), length_k)
     if settings.is_band_from_end is not None:
         band_offset += length_k - length_q
-    # The LSE is (B, H, L), or (1, H, total rows) if packed.
+    # The LSE is (B, H, L), or (H, total rows) if packed.
     if masks.cu_seqlens_q is not None:
         lse_offset = head.to(tl.int64) * lse_stride + q_offset
     else:
