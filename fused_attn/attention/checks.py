@@ -404,11 +404,11 @@ def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int, max_seqle
 
 
 def _exact(x: float) -> float:
-    """A scalar of NumPy as a float of Python; other numbers as they are.
+    """A number of another type, such as a float32 of NumPy, as a float of Python.
 
-    A comparison would convert the limits to the type of the scalar, where they may be infinite.
+    A comparison would convert the limits to that type, where they may be infinite.
     """
-    return float(x) if hasattr(x, "dtype") else x
+    return x if isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) else float(x)
 
 
 def _is_int(x: object) -> bool:
