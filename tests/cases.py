@@ -1072,7 +1072,7 @@ NUMERICS = [
     Case("lse-below-minus-88-decode", seqlen_q=1, seqlen_k=65, head_dim=128, edit=_scores_near(-300.0), has_dlse=True),
     Case("lse-above-88", seqlen_q=66, seqlen_k=66, head_dim=64, edit=_scores_near(300.0), has_dlse=True),
     Case("logits-huge", seqlen_q=70, seqlen_k=67, head_dim=64, edit=_scale_query(200.0), has_dlse=True),
-    # Each query attends to one key, and a bias for all queries adds up how much ``out`` is rounded in each delta.
+    # Each query attends to one key, and a bias for all queries would add up how much ``out`` is rounded in each delta.
     Case(
         "logits-huge-bias-per-head",
         seqlen_q=133,
@@ -1081,6 +1081,7 @@ NUMERICS = [
         attn_mask=float_mask("1H11"),
         sinks=sink(),
         edit=_scale_query(30.0),
+        dtypes=(torch.float32, torch.bfloat16, torch.float64),
     ),
     # The largest logits are about 70, 600 and 4000. The rounding error of such a logit changes a weight by far more
     # than the rounding error of the weight itself.

@@ -45,14 +45,13 @@ def attention(
     diagonal_alignment: str = "upper_left",
     num_splits: int | None = None,
     first_sequence: int = 0,
-    watch: dict[str, Any] | None = None,
+    watch: dict[str, float] | None = None,
     return_max: bool = False,
 ) -> tuple[Tensor, ...]:
     """(out, lse), or with return_max (out, lse, max), as `fused_attn.fused_attention` defines them.
 
     ``first_sequence``: the batch index of entry 0 in the counter of dropout. ``watch``: a dict that receives the
-    largest score and, when backward runs, the largest gradient of a weight. If it has a list ``logits``, the list gets
-    the logits (..., L, S + 1) of the scores and of the sink. ``num_splits`` changes no value.
+    largest score and, when backward runs, the largest gradient of a weight. ``num_splits`` changes no value.
     """
     if query.dim() == 2:  # without a head dimension there is one head
         results = attention(
@@ -148,8 +147,6 @@ def attention(
         # A mask with finfo.min makes scores huge, but these scores have no effect on the result, so they do not count.
         note = scores.detach()
         watch["score"] = max(watch["score"], largest(note[note.abs() < 1e5]))
-        if "logits" in watch:
-            watch["logits"].append(logits)
         if weights.requires_grad:
             weights.register_hook(lambda grad: watch.update(weight_grad=max(watch["weight_grad"], largest(grad))))
     if dropout_p:
@@ -376,7 +373,6 @@ def expected(
         watched = options | {"watch": watch}
         truth = evaluate(function, wide, watched, differentiated, dout.double(), dlse, materialize_grads=True)
         eager = evaluate(function, tensors, options, differentiated, dout, dlse, materialize_grads=True)
-        delta_grads = _delta_grads(function, wide, options, differentiated, truth, eager.out.dtype, dout)
     finally:
         torch.set_num_threads(threads)
     scale = options.get("scale")
@@ -391,47 +387,7 @@ def expected(
         largest_score=watch["score"],
         largest_weight_grad=watch["weight_grad"],
     )
-    # `tolerance.noise` counts the error of the delta of one query.
-    noise |= {name: max(noise[name], error) for name, error in delta_grads.items()}
     return Expected(truth, eager, tensors["query"].dtype, noise)
-
-
-def _delta_grads(
-    function: Callable[..., tuple[Tensor, ...]],
-    wide: dict[str, Tensor],
-    options: dict[str, Any],
-    differentiated: tuple[str, ...],
-    truth: Result,
-    dtype: torch.dtype,
-    dout: Tensor,
-) -> dict[str, float]:
-    """For the gradient of each bias and of the sinks, its error if delta = <dout, out> is computed from a rounded out.
-
-    The gradient of score (i, j) is prob * (dprob - delta_i), so an error of delta_i changes it by prob times the error.
-    An entry of a bias adds up the changes of all scores that it is added to. Rows with equal probs have equal errors,
-    so this is the sum of the changes by the true out, rounded to the dtype. The errors of other rows are random: before
-    it is rounded, the out of a kernel has an error of the same size, because probs are rounded, too. Hence twice the
-    root of the sum of squares.
-    """
-    names = [f"d{name}" for name in differentiated if name not in ("query", "key", "value")]
-    if not names:
-        return {}
-    error = ((truth.out.to(dtype).double() - truth.out) * dout.double()).sum(-1)
-    if "max_seqlen_q" in options:  # out is (total_q, H, Dv), but logits have the rows of a head one after another
-        error = error.mT
-    leaves = {name: x.detach().requires_grad_(f"d{name}" in names) for name, x in wide.items()}
-    watch: dict[str, Any] = {"score": 0.0, "weight_grad": 0.0, "logits": []}
-    function(**leaves, **options, watch=watch)
-    errors = error.split([x.shape[-2] for x in watch["logits"]], -1)
-    changes = [torch.softmax(x.detach(), -1) * e[..., None] for x, e in zip(watch["logits"], errors, strict=True)]
-
-    def sums_of(terms: list[Tensor]) -> tuple[Tensor, ...]:
-        """For each entry of the biases and sinks, the sum of the terms of the logits that it is added to."""
-        of = [leaves[name.removeprefix("d")] for name in names]
-        return torch.autograd.grad(watch["logits"], of, terms, retain_graph=True, materialize_grads=True)
-
-    sums, squares = sums_of(changes), sums_of([x.square() for x in changes])
-    return {name: largest(x.abs() + 2 * y.sqrt()) for name, x, y in zip(names, sums, squares, strict=True)}
 
 
 def query_scale(query: Tensor) -> float:

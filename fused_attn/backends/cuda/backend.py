@@ -112,9 +112,9 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
 
 def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wanted) -> Gradients:
     """The wanted gradients, each in the shape and dtype of its input."""
-    if wanted.bias and _is_bias_without_effect(problem, inputs):
+    if wanted.bias and _is_bias_of_rows(problem, inputs):
         others = backward(problem, inputs, saved, wanted._replace(bias=False))
-        return others._replace(bias=_gradient_by_lse_alone(inputs, saved))
+        return others._replace(bias=_gradient_of_row_bias(inputs, saved))
     read = readable_inputs(problem, inputs)
     saved = readable_saved(problem, saved)
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -153,27 +153,29 @@ def _with_key_bias_in_bias(inputs: Inputs) -> Inputs:
     return inputs._replace(bias=bias, key_bias=None)
 
 
-def _is_bias_without_effect(problem: AttentionProblem, inputs: Inputs) -> bool:
-    """Whether the bias moves all logits of a row alike. The softmax does not change then, and lse moves by the bias.
-
-    The other keys of a part have other logits.
-    """
+def _is_bias_of_rows(problem: AttentionProblem, inputs: Inputs) -> bool:
+    """Whether the bias moves the logits of all keys of a row alike. The other keys of a part have other logits."""
     if inputs.bias is None or inputs.bias.shape[3] != 1:
         return False
-    return not (problem.has_sinks or problem.is_packed or problem.is_part)
+    return not (problem.is_packed or problem.is_part)
 
 
-def _gradient_by_lse_alone(inputs: Inputs, saved: Saved) -> Tensor:
-    """The gradient of a bias without effect on the softmax: dlse, summed to the bias's shape; 0 for empty rows.
+def _gradient_of_row_bias(inputs: Inputs, saved: Saved) -> Tensor:
+    """The gradient of a bias of rows: the sum of the gradients of all logits of a row but the sink's; 0 for empty rows.
 
-    The kernel would find the same as a sum of rounding errors that nearly cancel.
+    Those of the keys and of the sink add up to dlse, and that of the sink is weight * (dlse - delta), with its weight
+    in the softmax and delta = <dout, out>. The kernel would find the same as a sum of rounding errors that nearly
+    cancel.
     """
     bias, lse, dlse = inputs.bias, saved.lse, saved.dlse
     assert bias is not None and lse is not None, "the caller has asked for the gradient"
-    if dlse is None:
-        return torch.zeros_like(bias)
-    seen = dlse.masked_fill(lse == float("-inf"), 0.0)
-    return seen.sum_to_size(bias.shape[:3]).unsqueeze(3).to(bias.dtype)
+    of_rows = torch.zeros_like(lse) if dlse is None else dlse
+    if inputs.sinks is not None:
+        assert saved.out is not None and saved.dout is not None, "backends get both"
+        delta = (saved.dout.float() * saved.out.float()).sum(-1)
+        weight = torch.exp(inputs.sinks.float()[:, None] - lse)
+        of_rows = of_rows - weight * (of_rows - delta)
+    return of_rows.masked_fill(lse == float("-inf"), 0.0).sum_to_size(bias.shape[:3]).unsqueeze(3).to(bias.dtype)
 
 
 def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | None, ...]:
