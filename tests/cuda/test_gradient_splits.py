@@ -218,9 +218,8 @@ def bytes_of_backward(
 ) -> int:
     """The workspace of backward for the gradients of these names."""
     wanted = Wanted(**{name: name in names for name in Wanted._fields})
-    shape = torch.Size((problem.batch, problem.num_heads, problem.seqlen_q, problem.head_dim))
     return cuda_workspace.workspace_bytes(
-        problem, shape, problem.seqlen_k, masks, 0, cuda_splits.UNDIVIDED, splits, wanted, None
+        problem, problem.seqlen_q, problem.seqlen_k, masks, 0, cuda_splits.UNDIVIDED, splits, wanted, None
     )
 
 
