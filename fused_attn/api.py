@@ -302,7 +302,7 @@ def fused_attention_paged(
         key_padding_mask: (B, S) bool, True = IGNORE; S is ``block_table.shape[1] * page_size``. Not with
             ``cu_seqlens_q``.
         num_splits: as in `fused_attention`. With it, no bit of a result depends on the other entries of the batch, for
-            the same L or ``max_seqlen_q``. docs/masks.md names an exception on Hopper GPUs.
+            the same L or ``max_seqlen_q``.
         cu_seqlens_q: (B + 1,) int32; sequence b has the query rows cu_seqlens_q[b] : cu_seqlens_q[b + 1].
         max_seqlen_q: at least the longest sequence of queries; needed with ``cu_seqlens_q``. On a GPU, the kernels are
             chosen by this number, so a much larger one can be slower.

@@ -10,6 +10,7 @@
 namespace fused_attn::gpu {
 
 constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kNaN = __builtin_nanf("");
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 

@@ -27,7 +27,7 @@ struct LazySoftmax {
   static constexpr float kLargestOffset = 4194304.0f;
 
   float reference[2];  // a score; -inf as long as the row has seen no key
-  float row_sum[2];    // the sum over this thread's columns alone
+  float row_sum[2];  // the sum over this thread's columns alone; NaN if no result of the row is wanted, or all are NaN
 
   GPU_DEVICE void init() {
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
@@ -36,9 +36,13 @@ struct LazySoftmax {
     }
   }
 
+  // Tells that no result of row r is wanted. So the row must not change how other rows of the warp are rounded: it never
+  // asks for another reference.
+  GPU_DEVICE void ignore(int r) { row_sum[r] = kNaN; }
+
   // Computes the probs of a block with the current references, rounded as left factors of the next product. All lanes
   // of a warp call this. Returns false, and changes no sum, if some row of the warp needs another reference, or has too
-  // large an offset.
+  // large an offset. No reference helps a row whose sum is NaN.
   template <class T, int kTiles, class AnyDropoutKeep>
   GPU_DEVICE bool try_probs(const float (&scores)[kTiles][4], float scale_log2, const AnyDropoutKeep& dropout_keep,
                             uint32_t (&probs)[kTiles / 2][4]) {
@@ -49,7 +53,7 @@ struct LazySoftmax {
     }
     compute_probs<T>(dropout_keep, probs, sum,
                      [&](int t, int j) { return multiply_add(scores[t][j], scale_log2, -offset[j / 2]); });
-    if (warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;
+    if (warp_any(needs_reference(0, sum[0]) || needs_reference(1, sum[1]))) return false;
     GPU_UNROLL for (int r = 0; r < 2; ++r) row_sum[r] += sum[r];
     return true;
   }
@@ -100,6 +104,10 @@ struct LazySoftmax {
   }
 
  private:
+  // Whether row r needs another reference, because the probs of a block add up to `sum`. Too large an offset makes `sum`
+  // +inf or NaN.
+  GPU_DEVICE bool needs_reference(int r, float sum) const { return !(sum <= kLargestSum) && row_sum[r] == row_sum[r]; }
+
   // -inf - -inf is NaN. So a row that has seen no key uses 0 as its reference, and its probs become 0.
   static GPU_DEVICE float finite_reference(float reference) { return reference == -kInfinity ? 0.0f : reference; }
 

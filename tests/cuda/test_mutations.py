@@ -288,8 +288,8 @@ BUGS = [
     ),
     Bug(
         "overflow-not-noticed", 90, "rising", "softmax.h",
-        "if (warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;",
-        "if (!@ && warp_any(!(sum[0] <= kLargestSum && sum[1] <= kLargestSum))) return false;",
+        "return !(sum <= kLargestSum) && row_sum[r] == row_sum[r];",
+        "return !@ && !(sum <= kLargestSum) && row_sum[r] == row_sum[r];",
     ),
     Bug(
         "keys-released-in-flight", 90, "large-dq", "sm90/backward.h",

@@ -101,6 +101,53 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(architecture: int, kerne
         assert torch.equal(y, z)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True, "diagonal_alignment": "lower_right"}, {"softcap": 50.0}],
+    ids=["plain", "causal", "softcap"],
+)
+@pytest.mark.parametrize("is_paged", [False, True], ids=["varlen", "paged"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_sequence_does_not_depend_on_the_next_one(
+    architecture: int, head_dim: int, is_paged: bool, options: dict, kernels: Kernels
+) -> None:
+    """The last tile of a sequence may load the first queries of the next one, into the same warp as its own last ones.
+
+    On the keys of the first sequence, the loud queries have scores that rise from block to block.
+    """
+    queries, keys = 72, 512
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2 * rows, 1, head_dim, generator=generator).half() for rows in (queries, keys, keys)
+    )
+    loud, broken = query.clone(), query.clone()
+    loud[queries:] *= 20
+    broken[queries:] = float("nan")
+    offsets = [torch.tensor([0, rows, 2 * rows], dtype=torch.int32) for rows in (queries, keys)]
+    table = torch.arange(2 * keys // 64, dtype=torch.int32).view(2, -1)
+
+    def first_sequence(query: Tensor) -> tuple[Tensor, Tensor]:
+        with kernels.running(architecture):
+            if is_paged:
+                own = {key: x for key, x in options.items() if key != "diagonal_alignment"}
+                out, lse = fused_attn.fused_attention_paged(
+                    query, key.view(-1, 64, 1, head_dim), value.view(-1, 64, 1, head_dim), table,
+                    torch.full((2,), keys, dtype=torch.int32), num_splits=1, return_lse=True, cu_seqlens_q=offsets[0],
+                    max_seqlen_q=queries, backend="cuda", **own,
+                )  # fmt: skip
+            else:
+                out, lse = fused_attn.fused_attention_varlen(
+                    query, key, value, *offsets, queries, keys, return_lse=True, backend="cuda", **options
+                )
+        return out[:queries], lse[:, :queries]
+
+    for x, y, z in zip(*map(first_sequence, (query, loud, broken)), strict=True):
+        assert x.isfinite().all()
+        assert torch.equal(x, y)
+        assert torch.equal(x, z)
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_each_block_of_keys_is_visited_once(architecture: int, kernels: Kernels) -> None:
     """Splits take as many products as one program that visits all keys."""

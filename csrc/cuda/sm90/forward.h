@@ -314,12 +314,21 @@ struct Consumer {
     if constexpr (Plan::kStoresByTma) tma_store_wait_read<0>();
   }
 
+  // If sequences are packed, the rows of the tile behind the last query are queries of other sequences.
+  GPU_DEVICE void init_softmax(TileNote tile) {
+    softmax.init();
+    const int rows = tile.query_slice().seqlen_q - tile.first_row() - thread_row;
+    GPU_UNROLL for (int r = 0; r < 2; ++r) {
+      if (8 * r >= rows) softmax.ignore(r);
+    }
+  }
+
   GPU_DEVICE void run() {
     while (true) {
       tile_position.wait_full(rings.tiles);
       const TileNote tile = rings.tile_note(tile_position);
       if (tile.first_row() == kNoMoreTiles) break;
-      softmax.init();
+      init_softmax(tile);
       maxima.init();
       fill(acc, 0.0f);
       if (tile.first_block() < tile.end_block()) visit_blocks(tile);
