@@ -27,7 +27,8 @@ struct LazySoftmax {
   static constexpr float kLargestOffset = 4194304.0f;
 
   float reference[2];  // a score; -inf as long as the row has seen no key
-  float row_sum[2];  // the sum over this thread's columns alone; NaN if no result of the row is wanted, or all are NaN
+  // The sum over this thread's columns alone. NaN if every result of the row is NaN, or if none is wanted.
+  float row_sum[2];
 
   GPU_DEVICE void init() {
     GPU_UNROLL for (int r = 0; r < 2; ++r) {
@@ -36,8 +37,8 @@ struct LazySoftmax {
     }
   }
 
-  // Tells that no result of row r is wanted. So the row must not change how other rows of the warp are rounded: it never
-  // asks for another reference.
+  // Tells that no result of row r is wanted. The row then never asks for another reference, so it does not change how
+  // the other rows of the warp are rounded.
   GPU_DEVICE void ignore(int r) { row_sum[r] = kNaN; }
 
   // Computes the probs of a block with the current references, rounded as left factors of the next product. All lanes
@@ -104,8 +105,8 @@ struct LazySoftmax {
   }
 
  private:
-  // Whether row r needs another reference, because the probs of a block add up to `sum`. Too large an offset makes `sum`
-  // +inf or NaN.
+  // Whether row r needs another reference, because the probs of a block add up to `sum`. An offset that is too large
+  // makes `sum` +inf or NaN.
   GPU_DEVICE bool needs_reference(int r, float sum) const { return !(sum <= kLargestSum) && row_sum[r] == row_sum[r]; }
 
   // -inf - -inf is NaN. So a row that has seen no key uses 0 as its reference, and its probs become 0.
