@@ -69,7 +69,7 @@ class PagedSelfAttentionCache:
     @property
     def position(self) -> Tensor:
         """The position of the next token of each sequence, (B,) int64, on the device."""
-        return torch.tensor(self._lengths(), dtype=torch.int64).to(self._pages.key_pages.device)
+        return self._pages._on_device(self._lengths(), torch.int64)
 
     def append(self, key: Tensor, value: Tensor) -> PagedRows:
         """Append L rows to each sequence. The arguments and errors are those of `PagedKVCache.append`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -17,6 +18,9 @@ WARM_UP_STEPS = 2
 LEAST_STEPS = 4
 #: The host may be so many steps ahead of the GPU.
 STEPS_AHEAD = 4
+
+#: Threads capture one after another.
+_one_capture = threading.Lock()
 
 
 class Replayed:
@@ -95,12 +99,25 @@ def why_not(device: torch.device, model: nn.Module | None) -> str:
 
 
 def capture(step: Callable[[], None], device: torch.device, generator: torch.Generator | None) -> Callable[[], None]:
-    """Captures a step as a CUDA graph, and returns what replays it. The capture itself does not run the step."""
+    """Captures a step as a CUDA graph, and returns what replays it. The capture itself does not run the step.
+
+    This is not `torch.cuda.graph`, for three reasons. Its stream belongs to the device of the first capture of the
+    process. The stream stays the current one if the capture fails. And the allocator gives all cached memory back first.
+    """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        step()
+    stream = torch.cuda.Stream(device)
+    with _one_capture, torch.cuda.device(device):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            # By default, what other threads do with a GPU meanwhile would end the capture, or fail.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay
 
 

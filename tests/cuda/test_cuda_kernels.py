@@ -20,6 +20,7 @@ from cases import CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import Kernels
+from operator_calls import CALLS, check_layouts, operator_calls
 from test_fuzz import attention_cases, fuzz, packed_cases, paged_cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -583,6 +584,16 @@ def test_results_of_copied_rows_follow_the_layout_of_the_caller(is_packed: bool,
 
 
 @pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", CALLS)
+def test_results_lie_in_memory_as_compiled_code_expects(
+    name: str, architecture: int, kernels: Kernels, generator: torch.Generator
+) -> None:
+    call = operator_calls("cuda", generator, torch.float16, value_dim=8)[name]
+    with kernels.running(architecture):
+        check_layouts(call)
+
+
 def test_strides_of_single_entries_do_not_matter(generator: torch.Generator) -> None:
     """Not a multiple of 16 bytes, and nothing that TMA accepts."""
     query, key, value = (torch.randn(70 * 64, generator=generator).half() for _ in range(3))

@@ -10,13 +10,12 @@ import cases
 import pytest
 import torch
 from cases import CASES, Case
+from operator_calls import CALLS, backward_call, check_layouts, operator_calls
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fused_attn
-from fused_attn.attention.inputs import Gradients, Inputs, take
-from fused_attn.attention.problem import Scalars
 
 CASE = {case.id: case for case in CASES}
 
@@ -165,37 +164,7 @@ def test_export_of_a_relative_bias(generator: torch.Generator) -> None:
 # ---- The registered operators
 
 
-def operator_calls(backend: str, generator: torch.Generator) -> dict[str, tuple]:
-    """Calls of ``torch.ops.fused_attn.attention``: the positional arguments by the name of a case."""
-    query, key, value = tensors(generator, (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
-    seed = torch.tensor(3)
-    sinks, bias, key_bias, relative = tensors(generator, (4,), (1, 4, 1, 7), (2, 7), (4, 11))
-    mask = torch.rand(2, 1, 5, 7, generator=generator) < 0.7
-    ranges = torch.randint(0, 8, (1, 4, 5, 2, 2), generator=generator).int()
-    padding = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
-    packed_q, packed_k, packed_v = tensors(generator, (9, 2, 8), (8, 2, 8), (8, 2, 8))
-    offsets_q, offsets_k = torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 8]).int()
-    blhd = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (query, key, value))
-    detached = (query.detach(), key.detach(), value.detach())
-    everything = Inputs(
-        query, key, value, bias, key_bias, relative, sinks, seed, mask, ranges, padding, torch.tensor([7, 6]).int()
-    )
-    packed = Inputs(packed_q, packed_k, packed_v, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k)
-    plain, causal = Scalars(5, 7, 0.3), Scalars(5, 7, 0.3, band_right=0)
-    of_all = Scalars(
-        5, 7, 0.3, 2.0, 0.3, 4, 3, 0, True, 2, dropout_batch=1, dropout_head=2, dropout_query=3, dropout_key=4
-    )
-    return {
-        "plain": (*Inputs(query, key, value), *plain, backend, False),
-        "blhd": (*Inputs(*blhd), *plain, backend, True),
-        "no-grad": (*Inputs(*detached), *causal, backend, False),
-        "everything": (*everything, *of_all, backend, True),
-        "bias-only": (*Inputs(*detached, bias=bias), *plain, backend, False),
-        "packed": (*packed, *Scalars(5, 5, 0.3, band_right=0), backend, True),
-    }
-
-
-@pytest.mark.parametrize("name", ["plain", "blhd", "no-grad", "everything", "bias-only", "packed"])
+@pytest.mark.parametrize("name", CALLS)
 def test_opcheck_forward(name: str, backend: str, generator: torch.Generator) -> None:
     args = operator_calls(backend, generator)[name]
     outcome = torch.library.opcheck(torch.ops.fused_attn.attention, args)
@@ -205,20 +174,15 @@ def test_opcheck_forward(name: str, backend: str, generator: torch.Generator) ->
 @pytest.mark.parametrize("name", ["plain", "blhd", "everything", "packed"])
 @pytest.mark.parametrize("has_dlse", [False, True])
 def test_opcheck_backward(name: str, has_dlse: bool, backend: str, generator: torch.Generator) -> None:
-    args = operator_calls(backend, generator)[name]
-    with torch.no_grad():
-        out, lse, _ = torch.ops.fused_attn.attention(*args)
-    dout = torch.randn(out.shape, generator=generator)
-    dlse = torch.randn(lse.shape, generator=generator) if has_dlse else None
-    inputs, others = take(Inputs, args)
-    wanted = [x is not None for x in inputs[: len(Gradients._fields)]]
-    inputs = (x if x is None else x.detach() for x in inputs)
+    args = backward_call(operator_calls(backend, generator)[name], has_dlse)
     # The derivative of the backward operator is not checked here. The tests of double backward below check it.
-    outcome = torch.library.opcheck(
-        torch.ops.fused_attn.attention_backward,
-        (*inputs, out, lse, dout, dlse, wanted, *others[:-1]),
-    )
+    outcome = torch.library.opcheck(torch.ops.fused_attn.attention_backward, args)
     assert set(outcome.values()) == {"SUCCESS"} and len(outcome) >= 4
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_lie_in_memory_as_compiled_code_expects(name: str, backend: str, generator: torch.Generator) -> None:
+    check_layouts(operator_calls(backend, generator)[name])
 
 
 # ---- functorch, forward mode, double backward

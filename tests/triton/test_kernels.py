@@ -16,6 +16,7 @@ from cases import CASES, Case
 from conftest import DEVICE, runnable_backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_calls import CALLS, check_layouts, operator_calls
 from test_dropout import kept
 from test_fuzz import attention_cases, fuzz, packed_cases, paged_cases
 from torch import Tensor
@@ -375,6 +376,13 @@ def test_integers_do_not_overflow(case: Case, monkeypatch: pytest.MonkeyPatch) -
     options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=True, debug=True)
     monkeypatch.setattr(interpreter_builder, "options", options)
     cases.check(case, torch.float16, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("name", CALLS)
+def test_results_lie_in_memory_as_compiled_code_expects(name: str, dtype: torch.dtype) -> None:
+    call = operator_calls("triton", torch.Generator().manual_seed(0), dtype)[name]
+    check_layouts(tuple(x.to(DEVICE) if isinstance(x, Tensor) else x for x in call))
 
 
 def test_compiled() -> None:

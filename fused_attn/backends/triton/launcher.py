@@ -315,8 +315,9 @@ def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> T
     # Entry x of a plane is the sum for key - query = x - row_blocks * block. Column y of relative_bias is for
     # key - query = y - (L - 1). So column 0 is entry row_blocks * block - (L - 1).
     first = triton.cdiv(problem.seqlen_q, block) * block - (problem.seqlen_q - 1)
-    drelative_bias = planes.sum(0)[:, first : first + relative_bias.shape[1]]
-    return drelative_bias.sum_to_size(relative_bias.shape).to(relative_bias.dtype)
+    drelative_bias = planes.sum(0)[:, first : first + relative_bias.shape[1]].sum_to_size(relative_bias.shape)
+    # A copy even if the dtype is the same, because compiled code expects a contiguous gradient.
+    return drelative_bias.to(relative_bias.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _empty_gradients(inputs: Inputs, wanted: Wanted, grads: Gradients) -> Gradients:
