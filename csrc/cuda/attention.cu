@@ -58,8 +58,10 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
     jobs.query_tile_blocks = blocks_for(1, 1);
   }
   // Row statistics lie in whole row blocks, up to the end of the last one.
-  if (is_backward)
-    jobs.row_blocks = blocks_for(ceil_div(a.seqlen_q, kRowBlock) * kRowBlock * a.num_heads * a.batch, kPreparationRows);
+  if (is_backward) {
+    const int64_t row_blocks = p.finds_queries_by_offset ? p.row_blocks : ceil_div(a.seqlen_q, kRowBlock) * a.batch;
+    jobs.row_blocks = blocks_for(row_blocks * kRowBlock * a.num_heads, kPreparationRows);
+  }
   return jobs;
 }
 

@@ -145,15 +145,17 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_diagonals_kernel(const GPU
 //
 //   dsink = -sum over all rows of exp(sink - lse) * delta
 //
-// One block of threads computes the gradient of one head. The order of additions is fixed: first the rows of a thread,
+// One block of threads computes the gradient of one head. If there are many sequences, each warp takes some of them,
+// because each sequence waits for loads of its offsets. The order of additions is fixed: first the rows of a thread,
 // then a tree over the threads.
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kSumThreads, 1) sum_sink_gradients_kernel(const GPU_GRID_CONSTANT Params p) {
   const int32_t head = block_index_x();
   const float sink_log2 = load_global(p.sinks + head) * kLog2E;
   float sum = 0.0f;
-  for (int32_t batch = 0; batch < p.batch; ++batch) {
+  const int32_t threads = p.batch < kSumThreads / 32 ? kSumThreads : 32;  // that share a sequence
+  for (int32_t batch = thread_index() / threads; batch < p.batch; batch += kSumThreads / threads) {
     const HeadSlice head_slice = head_slice_of(p, batch, head, head / p.group_size);
-    for (int32_t row = thread_index(); row < head_slice.seqlen_q; row += kSumThreads) {
+    for (int32_t row = thread_index() % threads; row < head_slice.seqlen_q; row += threads) {
       const float lse_log2 = load_global(head_slice.row_statistic(p.lse_log2, row));
       sum -= exp2_approx(sink_log2 - lse_log2) * load_global(head_slice.row_statistic(p.delta, row));
     }

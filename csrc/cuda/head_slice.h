@@ -61,6 +61,13 @@ GPU_DEVICE int32_t offset_in(const int32_t* cu_seqlens, int32_t sequence, int32_
   return clamp_to(load_global(cu_seqlens + sequence), 0, rows);
 }
 
+// The first row block of a sequence of a packed tensor, if each sequence begins a row block of its own. A sequence may
+// end within a row block. So each one before this one may take one block more than its rows fill, and the result
+// follows from the offset alone.
+GPU_DEVICE int32_t first_row_block_of(const int32_t* cu_seqlens, int32_t sequence, int32_t rows) {
+  return offset_in(cu_seqlens, sequence, rows) / kRowBlock + sequence;
+}
+
 // Fills in the head slice of a batch entry or sequence. Reads cu_seqlens in packed problems, and key_lengths. Whatever
 // these hold, the rows of the head slice lie within the tensors and the workspace.
 GPU_DEVICE HeadSlice head_slice_of(const Params& p, int32_t batch, int32_t head, int32_t kv_head) {
@@ -68,9 +75,7 @@ GPU_DEVICE HeadSlice head_slice_of(const Params& p, int32_t batch, int32_t head,
   if (p.cu_seqlens_q != nullptr) {
     head_slice.q_offset = offset_in(p.cu_seqlens_q, batch, p.rows_q);
     head_slice.seqlen_q = clamp_to(offset_in(p.cu_seqlens_q, batch + 1, p.rows_q) - head_slice.q_offset, 0, p.seqlen_q);
-    // A sequence may end within a row block. So each sequence before this one may take one block more than its rows
-    // fill.
-    head_slice.padded_q_offset = (head_slice.q_offset / kRowBlock + batch) * kRowBlock;
+    head_slice.padded_q_offset = first_row_block_of(p.cu_seqlens_q, batch, p.rows_q) * kRowBlock;
   }
   if (p.cu_seqlens_k != nullptr) {
     head_slice.k_offset = offset_in(p.cu_seqlens_k, batch, p.rows_k);

@@ -27,6 +27,19 @@ inline LaunchShape shape_of(int32_t rows, int block, int32_t heads, int32_t batc
   return {static_cast<int>(programs), 1, 1, threads, shared_bytes};
 }
 
+// The shape of a launch of backward: a block of threads for each tile of `block` queries (query_gradient_tile), or keys
+// (key_gradient_tile), of each head. Several, `splits`, may share a tile.
+inline LaunchShape query_gradient_shape(const Params& p, int block, int32_t splits, int threads, int shared_bytes) {
+  return p.finds_queries_by_offset
+             ? shape_of(p.row_blocks * kRowBlock, block, p.num_heads, splits, threads, shared_bytes)
+             : shape_of(p.seqlen_q, block, p.num_heads, p.batch * splits, threads, shared_bytes);
+}
+inline LaunchShape key_gradient_shape(const Params& p, int block, int32_t splits, int threads, int shared_bytes) {
+  const int32_t kv_heads = p.num_heads / p.group_size, row_blocks = p.rows_k / kRowBlock + p.batch;
+  return p.finds_keys_by_offset ? shape_of(row_blocks * kRowBlock, block, kv_heads, splits, threads, shared_bytes)
+                                : shape_of(p.seqlen_k, block, kv_heads, p.batch * splits, threads, shared_bytes);
+}
+
 // The shape of a launch of forward: a block of threads for each split of each tile of `block` queries. A packed call
 // has at most rows_q / block tiles, and one more for each sequence, whose last tile may have fewer rows.
 inline LaunchShape forward_shape_of(const Params& p, int block, int threads, int shared_bytes) {

@@ -3,6 +3,7 @@
 #include "gradient_splits.h"
 #include "head_slice.h"
 #include "kernels.h"
+#include "tile_scheduler.h"
 
 namespace fused_attn::gpu {
 
@@ -19,17 +20,14 @@ struct MergedGradient {
 template <class T>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS((32 * kMergeGradientsWarps), 1)
     merge_gradients_kernel(const GPU_GRID_CONSTANT Params p, const GPU_GRID_CONSTANT MergedGradient first,
-                           const GPU_GRID_CONSTANT MergedGradient second, bool is_of_queries) {
-  const int32_t rows = is_of_queries ? p.seqlen_q : p.seqlen_k,
-                heads = p.num_heads / (is_of_queries ? 1 : p.group_size);
-  const int32_t blocks = (rows + kMergeGradientsWarps - 1) / kMergeGradientsWarps,
-                of_gradient = blocks * heads * p.batch;
-  const bool is_second = block_index_x() >= of_gradient;
-  const MergedGradient& x = is_second ? second : first;
+                           const GPU_GRID_CONSTANT MergedGradient second, int32_t of_gradient, bool is_of_queries) {
+  const MergedGradient& x = block_index_x() >= of_gradient ? second : first;
   const int32_t num_splits = is_of_queries ? p.dq_splits : p.dk_splits;
-  const int32_t block = block_index_x() % of_gradient, head = block / blocks % heads;
-  const int32_t row = block % blocks * kMergeGradientsWarps + thread_index() / 32;
-  const HeadSlice head_slice = head_slice_of(p, block / blocks / heads, head, head);
+  const int32_t program = block_index_x() % of_gradient;
+  const WorkTile work = is_of_queries ? query_gradient_tile<kMergeGradientsWarps>(p, program, p.seqlen_q)
+                                      : key_gradient_tile<kMergeGradientsWarps>(p, program);
+  const int32_t row = work.block * kMergeGradientsWarps + thread_index() / 32;
+  const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head);
   if (row >= (is_of_queries ? head_slice.seqlen_q : head_slice.seqlen_k)) return;
   const auto row_of = [&](auto type, const Rows& tensor) {
     using Element = decltype(type);
@@ -64,12 +62,13 @@ inline void merge_gradients(const Params& p, bool is_of_queries, bool is_bf16, S
   MergedGradient second = is_of_queries ? MergedGradient{} : MergedGradient{p.dv, p.dv_parts};
   if (first.parts.rows.data == nullptr) std::swap(first, second);
   if (first.parts.rows.data == nullptr) return;
-  const int32_t heads = p.num_heads / (is_of_queries ? 1 : p.group_size);
   const int gradients = second.parts.rows.data == nullptr ? 1 : 2;
-  const LaunchShape shape = shape_of(is_of_queries ? p.seqlen_q : p.seqlen_k, kMergeGradientsWarps, heads,
-                                     p.batch * gradients, 32 * kMergeGradientsWarps, 0);
-  is_bf16 ? run_kernel(merge_gradients_kernel<bf16_t>, shape, stream, p, first, second, is_of_queries)
-          : run_kernel(merge_gradients_kernel<f16_t>, shape, stream, p, first, second, is_of_queries);
+  const auto shape_of_gradient = is_of_queries ? query_gradient_shape : key_gradient_shape;
+  const LaunchShape shape =
+      shape_of_gradient(p, kMergeGradientsWarps, /*splits=*/gradients, 32 * kMergeGradientsWarps, 0);
+  const int32_t of_gradient = shape.grid_x / gradients;
+  is_bf16 ? run_kernel(merge_gradients_kernel<bf16_t>, shape, stream, p, first, second, of_gradient, is_of_queries)
+          : run_kernel(merge_gradients_kernel<f16_t>, shape, stream, p, first, second, of_gradient, is_of_queries);
 }
 
 }  // namespace fused_attn::gpu

@@ -291,6 +291,10 @@ struct Params {
   GradientParts dv_parts;
   // The preparation kernel writes these for every query, in row blocks (HeadSlice::row_statistic).
   int32_t row_blocks;  // row blocks of one head of a batch entry; of all sequences, if packed
+  // In a packed call whose sequences differ much in length: kernels have a program for each tile of the rows of all
+  // sequences, not one for each tile of `batch` times the longest. See tile_by_offset in tile_scheduler.h.
+  bool finds_queries_by_offset;
+  bool finds_keys_by_offset;  // the list of blocks of keys has entries for these rows alone, too
   RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one
   RowValues delta;     // (B, H, row_blocks * kRowBlock): rowsum(dout * out) - dlse, or 0 past the last row
 
@@ -304,10 +308,9 @@ struct Params {
   const int32_t* key_ranks;
   int32_t num_key_blocks;  // how many blocks of keys the longest sequence has
   KeyBlock* key_blocks;    // (num_listed_key_blocks): blocks of keys of all heads, in the order in which they are taken
-  // Each sequence has num_key_blocks * dk_splits entries for each key head, or, if the sequences of a packed call
-  // differ much in length, a number of its own (entries_before in sm90/key_blocks.h).
+  // Each sequence has num_key_blocks * dk_splits entries for each key head, or, with finds_keys_by_offset, a number of
+  // its own (listed_block in sm90/key_blocks.h).
   int32_t num_listed_key_blocks;  // 0 without key_blocks
-  bool lists_key_blocks_by_offset;
   // Null without a dense mask. With one, the band and the padding do not say which steps have a visible entry. So these
   // steps are listed, and so are the turns of their blocks of keys (list_mask_steps_kernel).
   // Here, `tiles` counts those of the longest sequence.

@@ -167,11 +167,13 @@ inline Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pie
   p.mask_steps = pieces.mask_steps;
   p.mask_turns = pieces.mask_turns;
   p.num_key_blocks = static_cast<int32_t>(ceil_div(a.seqlen_k, kKeyBlock));
-  const int64_t entries = a.batch * p.num_key_blocks, entries_by_offset = call.rows_k / kKeyBlock + a.batch;
-  p.lists_key_blocks_by_offset =
-      a.cu_seqlens_k != nullptr && a.key_padding.data == nullptr && entries_by_offset < entries;
+  // To find a sequence by offsets takes longer than to return at once, which a program does behind the end of its
+  // sequence. So a few such programs are no reason. None of the two times has been measured.
+  p.finds_queries_by_offset =
+      needs.is_backward && needs.is_packed && 2 * p.row_blocks <= a.batch * ceil_div(a.seqlen_q, kRowBlock);
+  p.finds_keys_by_offset = needs.is_backward && finds_keys_by_offset(needs);
   if (pieces.key_blocks != nullptr) {
-    const int64_t listed = (p.lists_key_blocks_by_offset ? entries_by_offset : entries) * a.num_kv_heads * p.dk_splits;
+    const int64_t listed = listed_key_blocks(needs);
     if (listed >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
     p.num_listed_key_blocks = static_cast<int32_t>(listed);
   }

@@ -122,9 +122,8 @@ constexpr float kLargestLseLog2 = 16777216.0f;
 // `block` is the number of the caller's block among those that have this job.
 template <class T, int kTileRows>
 GPU_DEVICE void prepare_rows(const Params& p, int32_t block) {
-  const int blocks_of_head = (p.seqlen_q + kRowBlock - 1) / kRowBlock * (kRowBlock / kPreparationRows);
-  const WorkTile work =
-      scheduled_tile(block, blocks_of_head, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
+  const int32_t whole_blocks = (p.seqlen_q + kRowBlock - 1) / kRowBlock * kRowBlock;
+  const WorkTile work = query_gradient_tile<kPreparationRows>(p, block, whole_blocks);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int row = work.block * kPreparationRows + thread_index() / kThreadsPerRow;
   const bool is_row = row < head_slice.seqlen_q;

@@ -1,7 +1,7 @@
 // The tile scheduler: which block of queries or keys, of which head, a program (a block of threads) works on.
 #pragma once
-#include "hardware.h"
-#include "params.h"
+#include "fragments.h"
+#include "head_slice.h"
 
 namespace fused_attn::gpu {
 
@@ -52,6 +52,58 @@ GPU_DEVICE WorkTile query_tile(const Params& p, int32_t program) {
 GPU_DEVICE int32_t num_query_programs(const Params& p, int32_t launched) {
   if (p.query_tiles == nullptr) return launched;
   return min(launched, load_global(p.num_query_tiles) * p.num_heads * p.splits.count);
+}
+
+// The sequence that has row block `row_block` of a packed tensor, if each sequence begins a row block of its own
+// (HeadSlice::padded_q_offset); or, if there is none, another sequence. All lanes of a warp call this. Each lane looks
+// at one of 32 sequences at a time, so that a thousand sequences take two loads that wait for each other.
+GPU_DEVICE int32_t sequence_of_row_block(const int32_t* cu_seqlens, int32_t batch, int32_t rows, int32_t row_block,
+                                         Lane lane) {
+  int32_t begin = 0;
+  for (int32_t end = batch; end - begin > 1;) {
+    const int32_t step = (end - begin + 31) / 32, sequence = begin + lane.index * step;
+    const bool begins_before = sequence < end && first_row_block_of(cu_seqlens, sequence, rows) <= row_block;
+    begin += max(count_bits(warp_ballot(begins_before)) - 1, 0) * step;
+    end = min(begin + step, end);
+  }
+  return begin;
+}
+
+// Which tile of kRows rows program number `program` works on, in a kernel that has a program for each tile of each head
+// of the rows of all sequences (Params::finds_queries_by_offset). A tile that belongs to no sequence becomes one behind
+// the end of the longest. All lanes of a warp call this.
+template <int kRows>
+GPU_DEVICE WorkTile tile_by_offset(const int32_t* cu_seqlens, int32_t batch, int32_t rows, int32_t longest,
+                                   int32_t program, int32_t num_heads, int32_t heads_per_l2_group, bool last_first) {
+  static_assert(kRowBlock % kRows == 0);
+  constexpr int32_t kTiles = kRowBlock / kRows;  // of a row block
+  const WorkTile of_all =
+      scheduled_tile(program, (rows / kRowBlock + batch) * kTiles, num_heads, 1, heads_per_l2_group, last_first);
+  const int32_t sequence = sequence_of_row_block(cu_seqlens, batch, rows, of_all.block / kTiles, this_lane());
+  const int32_t block = of_all.block - first_row_block_of(cu_seqlens, sequence, rows) * kTiles;
+  return {block < 0 ? (longest + kRows - 1) / kRows : block, of_all.head, sequence};
+}
+
+// Which tile of kRows queries program number `program` of a kernel of backward works on. The tile may lie behind the
+// end of its sequence. rows: how many rows of the longest sequence have tiles
+template <int kRows>
+GPU_DEVICE WorkTile query_gradient_tile(const Params& p, int32_t program, int32_t rows) {
+  if (p.finds_queries_by_offset)
+    return tile_by_offset<kRows>(p.cu_seqlens_q, p.batch, p.rows_q, rows, program, p.num_heads, p.heads_per_l2_group,
+                                 /*last_first=*/true);
+  return scheduled_tile(program, (rows + kRows - 1) / kRows, p.num_heads, p.batch, p.heads_per_l2_group,
+                        /*last_first=*/true);
+}
+
+// The same for kRows keys. WorkTile::head is a key head.
+template <int kRows>
+GPU_DEVICE WorkTile key_gradient_tile(const Params& p, int32_t program) {
+  const int32_t kv_heads = p.num_heads / p.group_size;
+  if (p.finds_keys_by_offset)
+    return tile_by_offset<kRows>(p.cu_seqlens_k, p.batch, p.rows_k, p.seqlen_k, program, kv_heads, p.heads_per_l2_group,
+                                 /*last_first=*/false);
+  return scheduled_tile(program, (p.seqlen_k + kRows - 1) / kRows, kv_heads, p.batch, p.heads_per_l2_group,
+                        /*last_first=*/false);
 }
 
 // The number of the program that works on this tile: the inverse of scheduled_tile.

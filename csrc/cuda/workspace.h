@@ -105,6 +105,20 @@ inline SplitParams take_splits(const WorkspaceNeeds& needs, int32_t count, int64
   return splits;
 }
 
+// Whether packed sequences differ so much in length that together they have fewer blocks of keys than `batch` times the
+// longest: see tile_by_offset in tile_scheduler.h. A sequence may end within a block.
+inline bool finds_keys_by_offset(const WorkspaceNeeds& needs) {
+  const int64_t of_all = needs.rows_k / kKeyBlock + needs.batch;
+  return needs.is_packed && !needs.has_key_padding && of_all < needs.batch * ceil_div(needs.seqlen_k, kKeyBlock);
+}
+
+// How many entries the list of blocks of keys has (Params::num_listed_key_blocks).
+inline int64_t listed_key_blocks(const WorkspaceNeeds& needs) {
+  const int64_t blocks = finds_keys_by_offset(needs) ? needs.rows_k / kKeyBlock + needs.batch
+                                                     : needs.batch * ceil_div(needs.seqlen_k, kKeyBlock);
+  return blocks * needs.num_kv_heads * needs.gradient_splits.dk;
+}
+
 // Takes the pieces of the fused backward. Each sequence gets as much room as the longest one. padded_rows: the rows of
 // all row blocks of all heads
 inline void take_fused_backward(const WorkspaceNeeds& needs, int64_t padded_rows, Workspace& workspace,
@@ -117,7 +131,7 @@ inline void take_fused_backward(const WorkspaceNeeds& needs, int64_t padded_rows
     pieces.dq_turns = workspace.take<int32_t>(rows / kSmallestTile);
   }
   const int64_t key_blocks = ceil_div(needs.seqlen_k, kKeyBlock), splits = needs.gradient_splits.dk;
-  pieces.key_blocks = workspace.take<KeyBlock>(needs.batch * needs.num_kv_heads * key_blocks * splits);
+  pieces.key_blocks = workspace.take<KeyBlock>(listed_key_blocks(needs));
   if (needs.has_key_padding) pieces.key_ranks = workspace.take<int32_t>(needs.batch * (key_blocks + 1));
   if (needs.mask_entries == 0) return;
   const int64_t heads = needs.batch * needs.num_heads, tiles = ceil_div(needs.seqlen_q, kSmallestTile);

@@ -698,7 +698,7 @@ BUGS = [
     ),
     Bug(
         "sink-share-of-a-row-lost", 80, "sinks", "bias_gradient.h",
-        "row < head_slice.seqlen_q; row += kSumThreads)", "row < head_slice.seqlen_q - @; row += kSumThreads)",
+        "row < head_slice.seqlen_q; row += threads)", "row < head_slice.seqlen_q - @; row += threads)",
     ),
     # The largest logits
     Bug(
@@ -901,7 +901,7 @@ BUGS = [
     ),
     Bug(
         "part-of-dv-taken-for-dk", 80, "few-keys", "merge_gradients.h",
-        "is_second ? second : first", "is_second && !@ ? second : first",
+        "block_index_x() >= of_gradient ? second : first", "block_index_x() >= of_gradient && !@ ? second : first",
     ),
     Bug(
         "split-of-keys-lost", 80, "few-keys", "sm80/backward.h",
@@ -1027,8 +1027,20 @@ BUGS = [
         "entry - before >= entries)", "entry - before >= entries - @)",
     ),
     Bug(
-        "entries-without-room-for-ends-of-sequences", 90, "packed-uneven", "sm90/key_blocks.h",
-        "/ kKeyBlock + sequence;", "/ kKeyBlock + sequence * !@;",
+        "entries-without-room-for-ends-of-sequences", 90, "packed-uneven", "head_slice.h",
+        "/ kRowBlock + sequence;", "/ kRowBlock + sequence * !@;",
+    ),
+    Bug(
+        "tile-of-the-next-sequence", 90, "packed-most-uneven", "tile_scheduler.h",
+        "sequence, rows) <= row_block;", "sequence, rows) <= row_block + 2 * @;",
+    ),
+    Bug(
+        "tile-one-too-late", 80, "packed-most-uneven", "tile_scheduler.h",
+        "sequence, rows) * kTiles;", "sequence, rows) * kTiles + @;",
+    ),
+    Bug(
+        "earlier-sequences-taken", 90, "packed-most-uneven", "tile_scheduler.h",
+        "warp_ballot(begins_before)) - 1, 0)", "warp_ballot(begins_before)) - 1 - @, 0)",
     ),
     Bug(
         "packed-band-from-the-start", 80, "packed-lower-right", "visibility.h",
@@ -1378,6 +1390,14 @@ CASES = {
         kv_heads=1,
         lengths_q=(3, 200, 40),
         lengths_k=(2, 400, 128),
+        head_dim=HEAD_DIM,
+    ),
+    "packed-most-uneven": Case(
+        "packed-most-uneven",
+        heads=2,
+        kv_heads=1,
+        lengths_q=(*[1, 2] * 20, 200, 3, 0, 1),
+        lengths_k=(*[2, 1] * 20, 140, 9, 4, 1),
         head_dim=HEAD_DIM,
     ),
     "packed-lower-right": Case(

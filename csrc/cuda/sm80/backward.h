@@ -43,10 +43,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS((QueryGradientPlan<kHeadDim, kValueDim>::kThre
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
 
   // Find the rows.
-  const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
   const SplitOfBlock program(block_index_x(), p.dq_splits);
-  const WorkTile work =
-      scheduled_tile(program.block, num_blocks, p.num_heads, p.batch, p.heads_per_l2_group, /*last_first=*/true);
+  const WorkTile work = query_gradient_tile<kBlockM>(p, program.block, p.seqlen_q);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * kBlockM;
   if (first_row >= head_slice.seqlen_q) return;
@@ -165,10 +163,8 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
   constexpr int kBlockM = Plan::kBlockM, kBlockN = Plan::kBlockN, kThreads = Plan::kThreads, kTiles = Plan::kTiles;
 
   // Find the rows.
-  const int num_blocks = (p.seqlen_k + kBlockN - 1) / kBlockN, kv_heads = p.num_heads / p.group_size;
   const SplitOfBlock program(block_index_x(), p.dk_splits);
-  const WorkTile work =
-      scheduled_tile(program.block, num_blocks, kv_heads, p.batch, p.heads_per_l2_group, /*last_first=*/false);
+  const WorkTile work = key_gradient_tile<kBlockN>(p, program.block);
   HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
   const int first_key = work.block * kBlockN;
   if (first_key >= head_slice.seqlen_k) return;

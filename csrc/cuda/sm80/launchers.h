@@ -38,14 +38,11 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
     using T = decltype(type);
     if (p.dq.data != nullptr)
       run_kernel(query_gradient_kernel<T, kHeadDim, kValueDim, general()>,
-                 shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch * p.dq_splits, QueryPlan::kThreads,
-                          QueryPlan::kBytes),
+                 query_gradient_shape(p, QueryPlan::kBlockM, p.dq_splits, QueryPlan::kThreads, QueryPlan::kBytes),
                  stream, p);
     if (p.dk.data != nullptr || p.dv.data != nullptr)
       run_kernel(key_gradient_kernel<T, kHeadDim, kValueDim, general()>,
-                 shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch * p.dk_splits,
-                          KeyPlan::kThreads, KeyPlan::kBytes),
-                 stream, p);
+                 key_gradient_shape(p, KeyPlan::kBlockN, p.dk_splits, KeyPlan::kThreads, KeyPlan::kBytes), stream, p);
   });
 }
 

@@ -140,8 +140,7 @@ constexpr int kRoundingThreads = 256;
 template <class T, int kHeadDim, bool kIsGeneral>
 GPU_KERNEL void GPU_LAUNCH_BOUNDS(kRoundingThreads, 1) round_dq_kernel(const GPU_GRID_CONSTANT Params p) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
-  const int num_tiles = (p.seqlen_q + Plan::kBlockM - 1) / Plan::kBlockM;
-  const WorkTile work = scheduled_tile(block_index_x(), num_tiles, p.num_heads, p.batch, p.heads_per_l2_group, true);
+  const WorkTile work = query_gradient_tile<Plan::kBlockM>(p, block_index_x(), p.seqlen_q);
   const HeadSlice head_slice = head_slice_of(p, work.batch, work.head, work.head / p.group_size);
   const int first_row = work.block * Plan::kBlockM;
   if (first_row >= head_slice.seqlen_q) return;

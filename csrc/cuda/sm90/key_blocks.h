@@ -62,10 +62,9 @@ GPU_DEVICE int32_t key_rank(const Params& p, int32_t batch, int32_t n) {
 }
 
 // How many entries of a key head the list has for the sequences before this one, if each has its own number of entries.
-// A sequence may end within a block. So each sequence before this one may take one block more than its rows fill, and
-// the place of a sequence follows from its offset alone.
 GPU_DEVICE int32_t entries_before(const Params& p, int32_t sequence) {
-  return load_global(p.cu_seqlens_k + sequence) / kKeyBlock + sequence;
+  static_assert(kKeyBlock == kRowBlock);
+  return first_row_block_of(p.cu_seqlens_k, sequence, p.rows_k);
 }
 
 // Which block of keys number `block` of the list stands for, if each sequence has its own number of entries. The number
@@ -145,7 +144,7 @@ GPU_DEVICE void list_key_blocks(const Params& p, int32_t first_batch, int32_t en
                                 int64_t threads) {
   const int32_t kv_heads = p.num_heads / p.group_size;
   const int64_t of_entry = int64_t{kv_heads} * p.num_key_blocks * p.dk_splits;
-  const int64_t end = p.lists_key_blocks_by_offset ? p.num_listed_key_blocks : end_batch * of_entry;
+  const int64_t end = p.finds_keys_by_offset ? p.num_listed_key_blocks : end_batch * of_entry;
   // The preparation kernel has many more threads than the list has entries.
   const bool warp_has_entry = first_batch * of_entry + thread / 32 * 32 < end;
   if (!warp_has_entry) return;
@@ -155,7 +154,7 @@ GPU_DEVICE void list_key_blocks(const Params& p, int32_t first_batch, int32_t en
     WorkTile work;
     int32_t program = static_cast<int32_t>(i);
     const SplitOfBlock part(program, p.dk_splits);
-    if (p.lists_key_blocks_by_offset) {
+    if (p.finds_keys_by_offset) {
       work = listed_block(p, part.block);
     } else {
       const int32_t head = part.block / p.num_key_blocks;  // counted over all batch entries

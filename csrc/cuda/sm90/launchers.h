@@ -124,14 +124,12 @@ void launch_two_kernels(const Params& p, Stream stream) {
   using KeyPlan = KeyGradientPlan<kHeadDim, kValueDim, kIsGeneral>;
   if (p.dq.data != nullptr)
     run_kernel(query_gradient_kernel<T, kHeadDim, kValueDim, kIsGeneral>,
-               shape_of(p.seqlen_q, QueryPlan::kBlockM, p.num_heads, p.batch * p.dq_splits, kGradientThreads,
-                        QueryPlan::kBytes),
-               stream, p, backward_maps_of(p, kIsBf16<T>, QueryPlan::kBlockM, QueryPlan::kBlockN));
+               query_gradient_shape(p, QueryPlan::kBlockM, p.dq_splits, kGradientThreads, QueryPlan::kBytes), stream, p,
+               backward_maps_of(p, kIsBf16<T>, QueryPlan::kBlockM, QueryPlan::kBlockN));
   if (p.dk.data != nullptr || p.dv.data != nullptr)
     run_kernel(key_gradient_kernel<T, kHeadDim, kValueDim, kIsGeneral>,
-               shape_of(p.seqlen_k, KeyPlan::kBlockN, p.num_heads / p.group_size, p.batch * p.dk_splits,
-                        kGradientThreads, KeyPlan::kBytes),
-               stream, p, backward_maps_of(p, kIsBf16<T>, KeyPlan::kBlockM, KeyPlan::kBlockN));
+               key_gradient_shape(p, KeyPlan::kBlockN, p.dk_splits, kGradientThreads, KeyPlan::kBytes), stream, p,
+               backward_maps_of(p, kIsBf16<T>, KeyPlan::kBlockM, KeyPlan::kBlockN));
 }
 
 // Launches the fused backward, and then the kernel that rounds dq, if dq has sums. With a dense mask, another kernel
@@ -139,12 +137,9 @@ void launch_two_kernels(const Params& p, Stream stream) {
 template <class T, int kHeadDim, bool kIsGeneral>
 void launch_fused(const Params& p, Stream stream) {
   using Plan = FusedBackwardPlan<kHeadDim, kIsGeneral>;
-  LaunchShape shape =
-      shape_of(p.seqlen_k, Plan::kBlockN, p.num_heads / p.group_size, p.batch, kFusedBackwardThreads, Plan::kBytes);
   const int num_programs = p.num_listed_key_blocks;
-  shape.grid_x = std::min(num_programs, num_multiprocessors());
-  const LaunchShape rounding =
-      shape_of(p.seqlen_q, Plan::kBlockM, p.num_heads, p.batch, kRoundingThreads, 0);  // a block for each tile of dq
+  LaunchShape shape{std::min(num_programs, num_multiprocessors()), 1, 1, kFusedBackwardThreads, Plan::kBytes};
+  const LaunchShape rounding = query_gradient_shape(p, Plan::kBlockM, 1, kRoundingThreads, 0);
   if constexpr (kIsGeneral) {
     if (p.mask_steps != nullptr) {
       const int64_t warps = int64_t{num_programs} + (p.mask_turns != nullptr ? rounding.grid_x : 0);
