@@ -511,6 +511,13 @@ def float_padding(case: Case, dtype: torch.dtype, generator: torch.Generator) ->
     return mask.masked_fill(torch.rand(mask.shape, generator=generator) < 0.3, -INF)
 
 
+def loud_padding(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A float padding mask whose largest numbers have no exponential in float32, alone or as a factor of 0."""
+    mask = randn((case.batch, case.seqlen_k), dtype, generator)
+    mask[:, ::3] += 100.0
+    return mask
+
+
 def zero_or_minus_inf_padding(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     mask = torch.zeros((case.batch, case.seqlen_k), dtype=dtype)
     return mask.masked_fill(torch.rand(mask.shape, generator=generator) < 0.3, -INF)
@@ -950,6 +957,7 @@ PADDING = [
     Case("padding-bool-scattered", seqlen_q=70, seqlen_k=300, key_padding_mask=scattered_padding),
     Case("padding-bool-long", seqlen_q=40, seqlen_k=400, head_dim=64, key_padding_mask=padding(130, 64), dtypes=COMMON),
     Case("padding-float", seqlen_q=70, seqlen_k=67, key_padding_mask=float_padding, has_dlse=True),
+    Case("padding-float-loud", seqlen_q=5, seqlen_k=7, key_padding_mask=loud_padding, has_dlse=True),
     Case(
         "padding-float-0-or-minus-inf",
         key_padding_mask=zero_or_minus_inf_padding,

@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parent
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     """Runs a script in another process, because this one may have imported the kernels for Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, FOLDER / script, *arguments], capture_output=True, text=True, env=environment
     )
@@ -49,6 +50,12 @@ def test_every_row_of_the_table_and_stored_compilations(tmp_path):
     fresh = table(tmp_path / "fresh.json", "--only", text, "--fresh")
     assert len(stored) == 4
     assert stored == fresh
+
+
+@pytest.mark.slow
+def test_triton_accepts_a_case_of_each_kind():
+    process = run("front_end.py", "--quick")
+    assert process.returncode == 0, process.stderr
 
 
 # The code at 0x90 waits for a barrier, and jumps back. The outer loop, from 0x10 to 0x70, contains the inner one, from

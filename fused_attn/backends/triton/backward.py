@@ -65,7 +65,7 @@ class QueryBlock(NamedTuple):
     dout: (M, BLOCK_DV)
     lse: (M,) after `finite_lse`
     delta: (M,)
-    factor: (M,), the correction of the probs by `_exact_factor`; None if the LSE is exact enough
+    factor: (M,), the correction of the probs by `_exact_factor`; 1 if the LSE is exact enough
     """
 
     index: tl.tensor
@@ -81,7 +81,7 @@ class KeyBlock(NamedTuple):
 
     first: the position of the first key in the sequence
     index: (N,) positions in the sequence
-    is_valid: (N,) bool; None if the block is full
+    is_valid: (N,) bool: which keys exist and are no padding
     k: (N, BLOCK_D)
     v: (N, BLOCK_DV)
     """
@@ -147,15 +147,13 @@ def attention_bwd_dq_kernel(
     last_row = tl.minimum(first_row + settings.BLOCK_M, head_slice.seqlen_q) - 1
     blocks = key_blocks(first_row, last_row, head_slice, masks, settings)
     row_lse = finite_lse(row_lse, settings)
-    row_factor = None
+    row_factor = tl.full([settings.BLOCK_M], 1.0, tl.float32)
     if factor is not None:
-        row_factor = tl.zeros([settings.BLOCK_M], tl.float32) + 1.0
         if tl.max(tl.abs(row_lse), 0) > (EXACT_LSE_FLOAT32 if settings.IS_FLOAT32 else EXACT_LSE):
             row_factor = _exact_factor(q_tile, row_lse, query, blocks, k, head_slice, masks, settings)
         tl.store(factor + row_offset, row_factor, mask=is_row)
     if dsinks is not None:
-        if row_factor is not None:
-            sink_prob *= row_factor
+        sink_prob *= row_factor
         tl.store(dsinks + dsinks_entry, -tl.sum(sink_prob * row_delta, 0))
     # Visit the full blocks, which need no tests, then the partial ones.
     if dq.ptr is not None:
@@ -293,7 +291,7 @@ def _add_dkdv(dk_acc, dv_acc, keys, query_tensors, first_row, head_slice, masks,
     """
     query = first_row + tl.arange(0, settings.BLOCK_M)
     is_row = None if IS_FULL else query < head_slice.seqlen_q
-    queries = load_queries(query_tensors, query, is_row, head_slice, settings)
+    queries = load_queries(query_tensors, query, is_row, head_slice, masks, settings)
     probs, _, dscores = probs_and_gradients(queries, keys, head_slice, masks, settings, IS_FULL, IS_TRANSPOSED=True)
     dv_acc = add_product(dv_acc, probs.to(queries.dout.dtype), queries.dout, settings)
     dk_acc = add_product(dk_acc, dscores.to(queries.q.dtype), queries.q, settings)
@@ -301,19 +299,25 @@ def _add_dkdv(dk_acc, dv_acc, keys, query_tensors, first_row, head_slice, masks,
 
 
 @triton.jit
-def load_queries(query_tensors, query, is_row, head_slice, settings):
+def load_queries(query_tensors, query, is_row, head_slice, masks, settings):
     """The `QueryBlock` of the positions `query`, (M,), loaded from `QueryTensors`.
 
-    is_row: which of these queries exist, or None if all do
+    is_row: which of these queries exist, or None if all do. The others have finite probs, which count as gradients of 0
+
+    No result is None: Triton 3.6 cannot return None in a tuple.
     """
     q_tile = load_query_rows(query_tensors.q, head_slice, query, is_row, settings.HEAD_DIM, settings.BLOCK_D)
     dout_tile = load_query_rows(query_tensors.dout, head_slice, query, is_row, settings.VALUE_DIM, settings.BLOCK_DV)
     offset = head_slice.lse_offset + query
     row_lse = finite_lse(_load_vector(query_tensors.lse + offset, is_row), settings)
+    if masks.key_bias is not None and is_row is not None:
+        # The bias of a key is added to the scores of queries that do not exist, too, and may have no finite exponential.
+        row_lse = tl.where(is_row, row_lse, float("inf"))
     row_delta = _load_vector(query_tensors.delta + offset, is_row)
-    row_factor = None
     if query_tensors.factor is not None:
         row_factor = _load_vector(query_tensors.factor + offset, is_row)
+    else:
+        row_factor = tl.full([settings.BLOCK_M], 1.0, tl.float32)
     return QueryBlock(query, q_tile, dout_tile, row_lse, row_delta, row_factor)
 
 
@@ -321,9 +325,10 @@ def load_queries(query_tensors, query, is_row, head_slice, settings):
 def load_keys(k, v, first_key, head_slice, masks, settings, IS_FULL: tl.constexpr):
     """The `KeyBlock` that begins at first_key. IS_FULL: all its keys exist and none is padding."""
     key = first_key + tl.arange(0, settings.BLOCK_N)
-    is_valid = None if IS_FULL else is_valid_key(key, head_slice, masks)
-    k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
-    v_tile = load_key_rows(v, head_slice, key, is_valid, settings.VALUE_DIM, settings.BLOCK_DV)
+    is_valid = key >= 0 if IS_FULL else is_valid_key(key, head_slice, masks)
+    is_loaded = None if IS_FULL else is_valid
+    k_tile = load_key_rows(k, head_slice, key, is_loaded, settings.HEAD_DIM, settings.BLOCK_D)
+    v_tile = load_key_rows(v, head_slice, key, is_loaded, settings.VALUE_DIM, settings.BLOCK_DV)
     return KeyBlock(first_key, key, is_valid, k_tile, v_tile)
 
 
@@ -351,7 +356,7 @@ def probs_and_gradients(queries, keys, head_slice, masks, settings, IS_FULL: tl.
 
     The last two differ by the derivative of the softcap alone.
     queries: a `QueryBlock`
-    keys: a `KeyBlock`; its is_valid is not read if IS_FULL
+    keys: a `KeyBlock`
     IS_TRANSPOSED: tiles are (keys, queries), else (queries, keys)
     """
     if IS_TRANSPOSED:
@@ -365,15 +370,13 @@ def probs_and_gradients(queries, keys, head_slice, masks, settings, IS_FULL: tl.
     KEY_AXIS: tl.constexpr = 1 - QUERY_AXIS
     query = tl.expand_dims(queries.index, KEY_AXIS)
     key = tl.expand_dims(keys.index, QUERY_AXIS)
-    is_valid = None if IS_FULL else tl.expand_dims(keys.is_valid, QUERY_AXIS)
+    is_valid = tl.expand_dims(keys.is_valid, QUERY_AXIS)
     row_lse = tl.expand_dims(queries.lse, KEY_AXIS)
-    row_factor = None if queries.factor is None else tl.expand_dims(queries.factor, KEY_AXIS)
+    row_factor = tl.expand_dims(queries.factor, KEY_AXIS)
     row_delta = tl.expand_dims(queries.delta, KEY_AXIS)
 
     scores, dcap = biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL)
-    probs = exp_difference(scores, row_lse, settings)
-    if row_factor is not None:
-        probs *= row_factor
+    probs = exp_difference(scores, row_lse, settings) * row_factor
     probs = hide(probs, 0.0, query, key, is_valid, head_slice, masks, settings, IS_FULL)
     dropped = probs
     if masks.seed is not None:

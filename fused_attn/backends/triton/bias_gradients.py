@@ -170,7 +170,7 @@ def _logit_gradient(query_tensors, query, k, v, first_key, head_slice, masks, se
     query_tensors: `QueryTensors`
     query: (M,) positions of the tile's rows. Its columns begin at first_key
     """
-    queries = load_queries(query_tensors, query, query < head_slice.seqlen_q, head_slice, settings)
+    queries = load_queries(query_tensors, query, query < head_slice.seqlen_q, head_slice, masks, settings)
     keys = load_keys(k, v, first_key, head_slice, masks, settings, IS_FULL=False)
     _, dlogits, _ = probs_and_gradients(queries, keys, head_slice, masks, settings, IS_FULL=False, IS_TRANSPOSED=False)
     return dlogits

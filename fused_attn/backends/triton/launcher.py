@@ -235,11 +235,12 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             else:
                 dense = inputs.bias.expand(-1, -1, -1, problem.seqlen_k)
                 dbias = _dense_bias_gradient(problem, plan.dbias, dense, tensors, masks, sizes)
-                dbias = dbias.sum_to_size(inputs.bias.shape)
+                dbias = dbias.sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
         if wanted.key_bias:
             assert inputs.key_bias is not None, "what is wanted is given"
             as_bias = inputs.key_bias[:, None, None, :]
             dkey_bias = _dense_bias_gradient(problem, plan.dbias, as_bias, tensors, masks, sizes)[:, 0, 0, :]
+            dkey_bias = dkey_bias.to(inputs.key_bias.dtype)
         if wanted.relative_bias:
             drelative_bias = _relative_bias_gradient(problem, plan.drelative_bias, inputs, tensors, masks, sizes)
     if dsinks is not None:
@@ -254,7 +255,7 @@ def _is_biased(inputs: Inputs) -> bool:
 
 
 def _dense_bias_gradient(problem, launch, bias, tensors, masks, sizes) -> Tensor:
-    """The gradient of a bias (B|1, H|1, L|1, S), in its shape and dtype.
+    """The gradient of a bias (B|1, H|1, L|1, S), in its shape, float32.
 
     tensors, sizes: arguments that the kernels of both biases share; `backward` makes them
     """
@@ -275,7 +276,7 @@ def _dense_bias_gradient(problem, launch, bias, tensors, masks, sizes) -> Tensor
         SUMS_ROWS=sums_rows,
         **launch.options,
     )
-    return dbias.sum_to_size(bias.shape).to(bias.dtype)
+    return dbias.sum_to_size(bias.shape)
 
 
 def _row_bias_gradient(inputs: Inputs, lse: Tensor, dlse: Tensor | None, delta: Tensor, factor: Tensor) -> Tensor:
@@ -412,7 +413,7 @@ def _run(kernel: JITFunction, launch: Launch, kinds: tuple, *arguments) -> None:
 
 def _num_blocks(launch: Launch, problem: AttentionProblem) -> int:
     """The number of blocks of queries of one head, in a launch that has a program for each block of each head."""
-    return launch.grid[0] // (problem.batch * problem.num_heads)
+    return launch.grid[0] // max(problem.batch * problem.num_heads, 1)
 
 
 def _readable(*tensors: Tensor) -> list[Tensor]:
