@@ -102,7 +102,7 @@ def capture(step: Callable[[], None], device: torch.device, generator: torch.Gen
     """Captures a step as a CUDA graph, and returns what replays it. The capture itself does not run the step.
 
     This is not `torch.cuda.graph`, for three reasons. Its stream belongs to the device of the first capture of the
-    process. The stream stays the current one if the capture fails. And the allocator gives all cached memory back first.
+    process. The stream stays the current one if the capture fails. The allocator gives all cached memory back first.
     """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:

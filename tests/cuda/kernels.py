@@ -149,9 +149,20 @@ def running_both_kinds() -> Iterator[None]:
         cuda_splits.key_splits = before
 
 
+#: The functions that remember what follows from a problem. Contexts of this file replace two of them.
+CACHED = (
+    ops._problem_of_shapes,
+    dispatch.choose,
+    cuda._config,
+    cuda_workspace.workspace_bytes,
+    cuda_splits.key_splits,
+    cuda_splits.gradient_splits,
+)
+
+
 def _forget_plans() -> None:
     """Clears the caches of plans, which hold the architecture and the kernels that were chosen before."""
     for planner in (planning.dense, planning.packed, planning.paged):
         planner.clear()
-    for function in (ops._problem_of_shapes, dispatch.choose, cuda._config, cuda_workspace.workspace_bytes):
+    for function in CACHED:
         function.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -256,6 +257,58 @@ def test_a_failed_capture_warns_and_goes_on(monkeypatch):
     assert torch.equal(found, expected)
     with pytest.raises(RuntimeError, match="not permitted"):
         model.generate(SRC, 12, cuda_graph=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_leaves_no_stream_behind(fails, monkeypatch):
+    """The stream is one of the model's device, and the current stream is as before even if the capture fails."""
+    events = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def wait_stream(self, other):
+            events.append("wait")
+
+    class Graph:
+        def capture_begin(self, **options):
+            events.append(("begin", options))
+
+        def capture_end(self):
+            events.append("end")
+            if fails:
+                raise RuntimeError("the capture is invalid")
+
+        def replay(self):
+            events.append("replay")
+
+    @contextlib.contextmanager
+    def within(what):
+        events.append(("enter", what.device if isinstance(what, Stream) else what))
+        try:
+            yield
+        finally:
+            events.append("exit")
+
+    for name, fake in {"Stream": Stream, "CUDAGraph": Graph, "device": within, "stream": within}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    device = torch.device("cuda:1")
+    with pytest.raises(RuntimeError, match="invalid") if fails else contextlib.nullcontext():
+        replay.capture(lambda: events.append("step"), device, None)()
+    assert events == [
+        *(
+            ("enter", device),
+            "wait",
+            ("enter", device),
+            ("begin", {"capture_error_mode": "thread_local"}),
+            "step",
+            "end",
+        ),
+        *(["exit", "exit"] if fails else ["exit", "wait", "exit", "replay"]),
+    ]
+    assert not replay._one_capture.locked()
 
 
 def test_what_is_not_captured():

@@ -75,6 +75,7 @@ def decode_tiles(problem: AttentionProblem) -> int:
     return MAX_DECODE_TILES if problem.is_packed and problem.is_paged else 0
 
 
+@functools.lru_cache(maxsize=4096)
 def key_splits(problem: AttentionProblem) -> KeySplits:
     """The kernels that run forward, and into how many parts they divide the keys of each row.
 
@@ -108,6 +109,7 @@ def large_splits(problem: AttentionProblem) -> int:
     return _splits_of_steps(tiles, steps, 1, _resident_large_programs(problem, hardware.runs_on_hopper(problem)))
 
 
+@functools.lru_cache(maxsize=4096)
 def gradient_splits(problem: AttentionProblem, rows_q: int, rows_k: int) -> GradientSplits:
     """How many programs share the work for a block of rows of a gradient.
 

@@ -311,7 +311,7 @@ def load_queries(query_tensors, query, is_row, head_slice, masks, settings):
     offset = head_slice.lse_offset + query
     row_lse = finite_lse(_load_vector(query_tensors.lse + offset, is_row), settings)
     if masks.key_bias is not None and is_row is not None:
-        # The bias of a key is added to the scores of queries that do not exist, too, and may have no finite exponential.
+        # A bias of a key is added to the scores of queries that do not exist, too. Its exponential may be infinite.
         row_lse = tl.where(is_row, row_lse, float("inf"))
     row_delta = _load_vector(query_tensors.delta + offset, is_row)
     if query_tensors.factor is not None:
