@@ -192,7 +192,8 @@ class TorchModel(nn.Module):
 
 
 def _likeliest(model: Seq2SeqTransformer, logits: Tensor) -> Tensor:
-    logits[:, [model.pad_id, model.sos_id]] = -math.inf
+    for token in (model.pad_id, model.sos_id):  # a list of both would be a tensor on the CPU, which a GPU waits for
+        logits[:, token] = -math.inf
     return logits.argmax(dim=-1)
 
 

@@ -34,10 +34,12 @@ inline LaunchShape query_gradient_shape(const Params& p, int block, int32_t spli
              ? shape_of(p.row_blocks * kRowBlock, block, p.num_heads, splits, threads, shared_bytes)
              : shape_of(p.seqlen_q, block, p.num_heads, p.batch * splits, threads, shared_bytes);
 }
-inline LaunchShape key_gradient_shape(const Params& p, int block, int32_t splits, int threads, int shared_bytes) {
+inline LaunchShape key_gradient_shape(const Params& p, int block, int32_t splits, int threads, int shared_bytes,
+                                      bool by_offset = true) {
   const int32_t kv_heads = p.num_heads / p.group_size, row_blocks = p.rows_k / kRowBlock + p.batch;
-  return p.finds_keys_by_offset ? shape_of(row_blocks * kRowBlock, block, kv_heads, splits, threads, shared_bytes)
-                                : shape_of(p.seqlen_k, block, kv_heads, p.batch * splits, threads, shared_bytes);
+  return by_offset && p.finds_keys_by_offset
+             ? shape_of(row_blocks * kRowBlock, block, kv_heads, splits, threads, shared_bytes)
+             : shape_of(p.seqlen_k, block, kv_heads, p.batch * splits, threads, shared_bytes);
 }
 
 // The shape of a launch of forward: a block of threads for each split of each tile of `block` queries. A packed call

@@ -63,9 +63,9 @@ inline void merge_gradients(const Params& p, bool is_of_queries, bool is_bf16, S
   if (first.parts.rows.data == nullptr) std::swap(first, second);
   if (first.parts.rows.data == nullptr) return;
   const int gradients = second.parts.rows.data == nullptr ? 1 : 2;
-  const auto shape_of_gradient = is_of_queries ? query_gradient_shape : key_gradient_shape;
-  const LaunchShape shape =
-      shape_of_gradient(p, kMergeGradientsWarps, /*splits=*/gradients, 32 * kMergeGradientsWarps, 0);
+  constexpr int kThreads = 32 * kMergeGradientsWarps;
+  const LaunchShape shape = is_of_queries ? query_gradient_shape(p, kMergeGradientsWarps, gradients, kThreads, 0)
+                                          : key_gradient_shape(p, kMergeGradientsWarps, gradients, kThreads, 0);
   const int32_t of_gradient = shape.grid_x / gradients;
   is_bf16 ? run_kernel(merge_gradients_kernel<bf16_t>, shape, stream, p, first, second, of_gradient, is_of_queries)
           : run_kernel(merge_gradients_kernel<f16_t>, shape, stream, p, first, second, of_gradient, is_of_queries);

@@ -292,7 +292,7 @@ struct Params {
   // The preparation kernel writes these for every query, in row blocks (HeadSlice::row_statistic).
   int32_t row_blocks;  // row blocks of one head of a batch entry; of all sequences, if packed
   // In a packed call whose sequences differ much in length: kernels have a program for each tile of the rows of all
-  // sequences, not one for each tile of `batch` times the longest. See tile_by_offset in tile_scheduler.h.
+  // sequences, not one for each tile of `batch` times the longest. See gradient_tile in tile_scheduler.h.
   bool finds_queries_by_offset;
   bool finds_keys_by_offset;  // the list of blocks of keys has entries for these rows alone, too
   RowValues lse_log2;  // (B, H, row_blocks * kRowBlock): lse * log2(e), or +inf for an empty row and past the last one

@@ -91,7 +91,7 @@ struct LazySoftmax {
   // The same for a row whose sum over all columns is `total`.
   static GPU_DEVICE void finish_row(float reference, float total, float scale, float scale_log2, float& factor,
                                     float& lse) {
-    const bool is_empty = reference == -kInfinity;
+    const bool is_empty = reference == -kInfinity && total == 0.0f;  // if all scores are NaN, the total is NaN
     factor = is_empty ? 0.0f : 1.0f / total;
     lse = is_empty ? -kInfinity
                    : multiply_add(reference, scale, (log2_approx(total) - offset_error(reference, scale_log2)) * kLn2);

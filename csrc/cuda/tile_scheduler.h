@@ -69,41 +69,46 @@ GPU_DEVICE int32_t sequence_of_row_block(const int32_t* cu_seqlens, int32_t batc
   return begin;
 }
 
-// Which tile of kRows rows program number `program` works on, in a kernel that has a program for each tile of each head
-// of the rows of all sequences (Params::finds_queries_by_offset). A tile that belongs to no sequence becomes one behind
-// the end of the longest. All lanes of a warp call this.
+// The rows of a tensor of a backward call, as the tiles of a kernel divide them.
+struct TiledRows {
+  const int32_t* cu_seqlens;  // null if the call is not packed
+  int32_t rows;               // of a head of the tensor
+  int32_t longest;            // how many rows of the longest sequence have tiles
+  int32_t num_heads;
+  bool is_by_offset;  // Params::finds_queries_by_offset, or finds_keys_by_offset
+};
+
+// Which tile of kRows rows program number `program` works on. The tile may lie behind the end of its sequence. By
+// offset, a kernel has a program for each tile of each head of the rows of all sequences. A tile that belongs to no
+// sequence becomes one behind the end of the longest then. All lanes of a warp call this.
 template <int kRows>
-GPU_DEVICE WorkTile tile_by_offset(const int32_t* cu_seqlens, int32_t batch, int32_t rows, int32_t longest,
-                                   int32_t program, int32_t num_heads, int32_t heads_per_l2_group, bool last_first) {
+GPU_DEVICE WorkTile gradient_tile(const Params& p, const TiledRows& x, int32_t program, bool last_first) {
   static_assert(kRowBlock % kRows == 0);
   constexpr int32_t kTiles = kRowBlock / kRows;  // of a row block
-  const WorkTile of_all =
-      scheduled_tile(program, (rows / kRowBlock + batch) * kTiles, num_heads, 1, heads_per_l2_group, last_first);
-  const int32_t sequence = sequence_of_row_block(cu_seqlens, batch, rows, of_all.block / kTiles, this_lane());
-  const int32_t block = of_all.block - first_row_block_of(cu_seqlens, sequence, rows) * kTiles;
-  return {block < 0 ? (longest + kRows - 1) / kRows : block, of_all.head, sequence};
+  const int32_t most = (x.longest + kRows - 1) / kRows, of_all = (x.rows / kRowBlock + p.batch) * kTiles;
+  WorkTile work = scheduled_tile(program, x.is_by_offset ? of_all : most, x.num_heads, x.is_by_offset ? 1 : p.batch,
+                                 p.heads_per_l2_group, last_first);
+  if (x.is_by_offset) {
+    work.batch = sequence_of_row_block(x.cu_seqlens, p.batch, x.rows, work.block / kTiles, this_lane());
+    work.block -= first_row_block_of(x.cu_seqlens, work.batch, x.rows) * kTiles;
+    if (work.block < 0) work.block = most;
+  }
+  return work;
 }
 
-// Which tile of kRows queries program number `program` of a kernel of backward works on. The tile may lie behind the
-// end of its sequence. rows: how many rows of the longest sequence have tiles
+// The same for queries. rows: how many rows of the longest sequence have tiles
 template <int kRows>
 GPU_DEVICE WorkTile query_gradient_tile(const Params& p, int32_t program, int32_t rows) {
-  if (p.finds_queries_by_offset)
-    return tile_by_offset<kRows>(p.cu_seqlens_q, p.batch, p.rows_q, rows, program, p.num_heads, p.heads_per_l2_group,
-                                 /*last_first=*/true);
-  return scheduled_tile(program, (rows + kRows - 1) / kRows, p.num_heads, p.batch, p.heads_per_l2_group,
-                        /*last_first=*/true);
+  const TiledRows queries{p.cu_seqlens_q, p.rows_q, rows, p.num_heads, p.finds_queries_by_offset};
+  return gradient_tile<kRows>(p, queries, program, /*last_first=*/true);
 }
 
-// The same for kRows keys. WorkTile::head is a key head.
-template <int kRows>
+// The same for keys. WorkTile::head is a key head. kByOffset: whether the kernel has registers for finds_keys_by_offset
+template <int kRows, bool kByOffset = true>
 GPU_DEVICE WorkTile key_gradient_tile(const Params& p, int32_t program) {
-  const int32_t kv_heads = p.num_heads / p.group_size;
-  if (p.finds_keys_by_offset)
-    return tile_by_offset<kRows>(p.cu_seqlens_k, p.batch, p.rows_k, p.seqlen_k, program, kv_heads, p.heads_per_l2_group,
-                                 /*last_first=*/false);
-  return scheduled_tile(program, (p.seqlen_k + kRows - 1) / kRows, kv_heads, p.batch, p.heads_per_l2_group,
-                        /*last_first=*/false);
+  const TiledRows keys{p.cu_seqlens_k, p.rows_k, p.seqlen_k, p.num_heads / p.group_size,
+                       kByOffset && p.finds_keys_by_offset};
+  return gradient_tile<kRows>(p, keys, program, /*last_first=*/false);
 }
 
 // The number of the program that works on this tile: the inverse of scheduled_tile.

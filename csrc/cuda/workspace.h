@@ -106,7 +106,7 @@ inline SplitParams take_splits(const WorkspaceNeeds& needs, int32_t count, int64
 }
 
 // Whether packed sequences differ so much in length that together they have fewer blocks of keys than `batch` times the
-// longest: see tile_by_offset in tile_scheduler.h. A sequence may end within a block.
+// longest: see gradient_tile in tile_scheduler.h. A sequence may end within a block.
 inline bool finds_keys_by_offset(const WorkspaceNeeds& needs) {
   const int64_t of_all = needs.rows_k / kKeyBlock + needs.batch;
   return needs.is_packed && !needs.has_key_padding && of_all < needs.batch * ceil_div(needs.seqlen_k, kKeyBlock);
@@ -119,8 +119,8 @@ inline int64_t listed_key_blocks(const WorkspaceNeeds& needs) {
   return blocks * needs.num_kv_heads * needs.gradient_splits.dk;
 }
 
-// Takes the pieces of the fused backward. Each sequence gets as much room as the longest one. padded_rows: the rows of
-// all row blocks of all heads
+// Takes the pieces of the fused backward. Lists of masks and key ranks have as much room for each sequence as for the
+// longest one. padded_rows: the rows of all row blocks of all heads
 inline void take_fused_backward(const WorkspaceNeeds& needs, int64_t padded_rows, Workspace& workspace,
                                 Pieces& pieces) {
   constexpr int64_t kPanel = 64, kSmallestTile = 64;

@@ -320,8 +320,9 @@ def _documents(
     offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     for name, x in offsets.items():
         checks.meta(name, x)
-    on_device = cu_seqlens_q.to(query.device), cu_seqlens_k.to(query.device)
-    tensors = (query, key, value, *on_device, options.relative_bias, sinks)
+    # The plan reads no contents, so offsets on the CPU need not be copied.
+    of_q, of_k = (torch.empty_like(x, device=query.device) for x in offsets.values())
+    tensors = (query, key, value, of_q, of_k, options.relative_bias, sinks)
     planning.plan_of_packed(False, tensors, (max_seqlen_q, max_seqlen_k), options.of_call(), None)
     found = []
     for (name, x), longest in zip(offsets.items(), (max_seqlen_q, max_seqlen_k), strict=True):

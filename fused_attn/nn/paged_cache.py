@@ -303,7 +303,7 @@ class PagedKVCache(WritableCopies):
     def _on_device(self, numbers: list[int], dtype: torch.dtype) -> Tensor:
         """The numbers as a tensor on the device of the pages. The host does not wait for a GPU."""
         device = self.key_pages.device
-        x = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+        x = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
         return x.to(device, non_blocking=True)
 
     def _check_known(self, sequence: int) -> None:

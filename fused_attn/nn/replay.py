@@ -19,8 +19,10 @@ LEAST_STEPS = 4
 #: The host may be so many steps ahead of the GPU.
 STEPS_AHEAD = 4
 
-#: Threads capture one after another.
+#: Threads capture one after another, on one stream for each device: torch keeps memory for each stream that has been
+#: used, and hands out few different ones.
 _one_capture = threading.Lock()
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class Replayed:
@@ -101,14 +103,28 @@ def why_not(device: torch.device, model: nn.Module | None) -> str:
 def capture(step: Callable[[], None], device: torch.device, generator: torch.Generator | None) -> Callable[[], None]:
     """Captures a step as a CUDA graph, and returns what replays it. The capture itself does not run the step.
 
+    A capture cannot use the memory that torch has cached. So this memory is given back if there is no other.
+    """
+    try:
+        return _capture(step, device, generator)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return _capture(step, device, generator)
+
+
+def _capture(step: Callable[[], None], device: torch.device, generator: torch.Generator | None) -> Callable[[], None]:
+    """See `capture`.
+
     This is not `torch.cuda.graph`, for three reasons. Its stream belongs to the device of the first capture of the
     process. The stream stays the current one if the capture fails. The allocator gives all cached memory back first.
     """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    stream = torch.cuda.Stream(device)
     with _one_capture, torch.cuda.device(device):
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream(device)
+        stream = _streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             # By default, what other threads do with a GPU meanwhile would end the capture, or fail.
@@ -136,7 +152,7 @@ class EndWatch:
         self._steps = 0
         if self._is_cuda:
             # The flags are in memory from which the host can read while the GPU works, one for each step in flight.
-            self._flags = torch.zeros(STEPS_AHEAD, dtype=torch.bool).pin_memory().unbind()
+            self._flags = torch.zeros(STEPS_AHEAD, dtype=torch.bool, device="cpu", pin_memory=True).unbind()
             self._events = [torch.cuda.Event() for _ in self._flags]
 
     def has_ended(self) -> bool:

@@ -25,7 +25,15 @@ import torch
 from cases import CASES, Case
 from gpu_checks import assert_same
 from kernels import dividing_gradients, is_built_for, of_architecture
-from test_cuda_kernels import ARCHITECTURES, HEAD_DIMS, MIXED_FEATURES, NAMES, SUPPORTED, WITHOUT_MISSING_COLUMNS
+from test_cuda_kernels import (
+    ARCHITECTURES,
+    HEAD_DIMS,
+    MIXED_FEATURES,
+    NAMES,
+    SUPPORTED,
+    WITHOUT_MISSING_COLUMNS,
+    with_right_gradients,
+)
 from test_decode import CASES as DECODE_CASES
 from test_decode import in_pages, make_cache
 from test_gradient_splits import CASES as GRADIENT_SPLIT_CASES
@@ -136,7 +144,7 @@ def architecture(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_case(case: Case, dtype: torch.dtype, architecture: int, poisoned: None) -> None:
     if (case.page_size or 0) % hardware.PAGE_STEP and architecture == 90 and not is_built_for(80):
         pytest.skip("the kernels for sm_90a cannot load these pages, and the module has no others")
-    cases.check(case, dtype, "cuda", "cuda")
+    cases.check(with_right_gradients(case, dtype), dtype, "cuda", "cuda")
 
 
 @EVERY_DTYPE
@@ -149,7 +157,7 @@ def test_case_with_divided_gradients(case: Case, dtype: torch.dtype, architectur
 @EVERY_DTYPE
 @pytest.mark.parametrize("case", WITHOUT_MISSING_COLUMNS, ids=lambda case: case.id)
 def test_case_without_missing_columns(case: Case, dtype: torch.dtype, poisoned: None) -> None:
-    cases.check(case, dtype, "cuda", "cuda")
+    cases.check(with_right_gradients(case, dtype), dtype, "cuda", "cuda")
 
 
 @contextlib.contextmanager

@@ -113,10 +113,15 @@ def test_case(case: Case, architecture: int, kernels: Kernels) -> None:
 LOST_ROWS = ("float-mask-finfo-min", "float-mask-finfo-min-padding")
 
 
+def with_right_gradients(case: Case, dtype: torch.dtype) -> Case:
+    """The case, without gradients if they are lost."""
+    is_lost = case.id in LOST_ROWS and dtype == torch.bfloat16
+    return dataclasses.replace(case, has_dlse=False, differentiated=()) if is_lost else case
+
+
 @pytest.mark.parametrize("case", WITHOUT_MISSING_COLUMNS, ids=lambda case: case.id)
 def test_case_without_missing_columns(case: Case, architecture: int, kernels: Kernels) -> None:
-    if case.id in LOST_ROWS:
-        case = dataclasses.replace(case, has_dlse=False, differentiated=())
+    case = with_right_gradients(case, torch.bfloat16)
     with kernels.running(architecture, seed=zlib.crc32(case.id.encode())):
         cases.check(case, torch.bfloat16, "cuda")
 
@@ -583,7 +588,6 @@ def test_results_of_copied_rows_follow_the_layout_of_the_caller(is_packed: bool,
         assert found.stride() == empty_like_layout(like, 64).stride()
 
 
-@pytest.mark.usefixtures("running")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", CALLS)
 def test_results_lie_in_memory_as_compiled_code_expects(
@@ -594,6 +598,7 @@ def test_results_lie_in_memory_as_compiled_code_expects(
         check_layouts(call)
 
 
+@pytest.mark.usefixtures("running")
 def test_strides_of_single_entries_do_not_matter(generator: torch.Generator) -> None:
     """Not a multiple of 16 bytes, and nothing that TMA accepts."""
     query, key, value = (torch.randn(70 * 64, generator=generator).half() for _ in range(3))

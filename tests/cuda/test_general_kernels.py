@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import pytest
 import torch
@@ -128,13 +129,14 @@ def test_packed_sequences_without_keys_beside_rows_of_keys() -> None:
     assert (lse == -INF).all()
 
 
-def test_packed_sequences_of_unequal_lengths_with_a_mask() -> None:
-    """The short sequence has fewer blocks of keys than the long one. Nobody waits for the blocks that are missing."""
-    lengths, longest = (300, 70), 300
+@pytest.mark.parametrize("lengths", [(300, 70), (300, *[2] * 12)], ids=["two", "one-long"])
+def test_packed_sequences_of_unequal_lengths_with_a_mask(lengths: tuple[int, ...]) -> None:
+    """The short sequences have fewer blocks of keys than the long one. Nobody waits for the blocks that are missing."""
+    longest, ends = max(lengths), list(accumulate(lengths))
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(sum(lengths), 2, 96, generator=generator).half() for _ in range(4)]
-    mask = torch.rand(2, 1, longest, longest, generator=generator) < 0.9
-    offsets = torch.tensor([0, 300, 370], dtype=torch.int32)
+    mask = torch.rand(len(lengths), 1, longest, longest, generator=generator) < 0.9
+    offsets = torch.tensor([0, *ends], dtype=torch.int32)
     inputs = Inputs(*rows[:3], mask=mask, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
     shapes = Shapes(*(None if x is None else x.shape for x in inputs))
     scalars = Scalars(max_seqlen_q=longest, max_seqlen_k=longest, scale=0.1)
@@ -142,8 +144,8 @@ def test_packed_sequences_of_unequal_lengths_with_a_mask() -> None:
     out, lse, _ = cuda.forward(problem, inputs, needs_lse=True, needs_max=False)
     wanted = Wanted(query=True, key=True, value=True)
     grads = cuda.backward(problem, inputs, Saved(out, lse, dout=rows[3]), wanted)
-    for begin, length, visible in zip((0, 300), lengths, mask, strict=True):
-        part = slice(begin, begin + length)
+    for end, length, visible in zip(ends, lengths, mask, strict=True):
+        part = slice(end - length, end)
         leaves = [x[part].transpose(0, 1)[None].float().requires_grad_() for x in rows[:3]]
         expected = fused_attn.fused_attention(
             *leaves, visible[None, :, :length, :length], scale=0.1, backend="reference"

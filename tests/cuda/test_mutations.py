@@ -1036,7 +1036,7 @@ BUGS = [
     ),
     Bug(
         "tile-one-too-late", 80, "packed-most-uneven", "tile_scheduler.h",
-        "sequence, rows) * kTiles;", "sequence, rows) * kTiles + @;",
+        "work.batch, x.rows) * kTiles;", "work.batch, x.rows) * kTiles - @;",
     ),
     Bug(
         "earlier-sequences-taken", 90, "packed-most-uneven", "tile_scheduler.h",
@@ -1396,7 +1396,7 @@ CASES = {
         "packed-most-uneven",
         heads=2,
         kv_heads=1,
-        lengths_q=(*[1, 2] * 20, 200, 3, 0, 1),
+        lengths_q=(*[1, 2] * 20, 300, 3, 0, 1),
         lengths_k=(*[2, 1] * 20, 140, 9, 4, 1),
         head_dim=HEAD_DIM,
     ),

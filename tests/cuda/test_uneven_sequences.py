@@ -1,4 +1,4 @@
-"""Backward of packed sequences that differ much in length: programs are found by offsets (tile_by_offset)."""
+"""Backward of packed sequences that differ much in length: programs are found by offsets (gradient_tile)."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ def test_info_says_that_the_kernels_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 def test_check_is_right_and_has_speeds(capsys: pytest.CaptureFixture) -> None:
     assert main(["check", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -8,6 +8,7 @@ from kernels import Kernels
 
 import fused_attn
 from fused_attn.attention import checks
+from fused_attn.backends.cuda import hardware
 
 #: Offsets of queries and keys, rows of queries and keys, and the lengths of the longest sequences.
 OFFSETS = {
@@ -60,6 +61,7 @@ def test_few_queries(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(hardware.module is None, reason="fused_attn._cuda has not been built")
 @pytest.mark.parametrize("case", OFFSETS)
 def test_wrong_offsets_on_a_gpu(case: str) -> None:
     """The next call is right: nothing hangs, and the process has lost nothing."""

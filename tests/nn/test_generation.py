@@ -294,6 +294,7 @@ def test_a_capture_leaves_no_stream_behind(fails, monkeypatch):
     for name, fake in {"Stream": Stream, "CUDAGraph": Graph, "device": within, "stream": within}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(replay, "_streams", {})
     device = torch.device("cuda:1")
     with pytest.raises(RuntimeError, match="invalid") if fails else contextlib.nullcontext():
         replay.capture(lambda: events.append("step"), device, None)()

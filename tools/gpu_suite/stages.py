@@ -74,15 +74,19 @@ def check(suite: Suite) -> str:
     return "; ".join(f"{name}: {verdict_of(code)}" for name, code in codes.items() if code != 0) or "ok"
 
 
+#: Several tests share the GPU, so none may measure a time.
+WITHOUT_TIMING = "gpu and not timing"
+
+
 def cuda_tests(suite: Suite) -> str:
     """The CUDA kernels on the GPU. They come first, because most of the later stages run them."""
-    return _tests(suite, reports.CUDA_TESTS, *_gpu_test_files("tests/cuda"), "-m", "gpu")
+    return _tests(suite, reports.CUDA_TESTS, *_gpu_test_files("tests/cuda"), "-m", WITHOUT_TIMING)
 
 
 def gpu_tests(suite: Suite) -> str:
     """The tests marked ``gpu`` outside of tests/cuda."""
     files = sorted(set(_gpu_test_files("tests")) - set(_gpu_test_files("tests/cuda")))
-    return _tests(suite, reports.GPU_TESTS, *files, "-m", "gpu")
+    return _tests(suite, reports.GPU_TESTS, *files, "-m", WITHOUT_TIMING)
 
 
 def _gpu_test_files(folder: str) -> list[str]:

@@ -144,6 +144,7 @@ struct KeyGradientPlan : KeyGradientTileSm80<kHeadDim> {
   static constexpr int kThreads = 32 * Tile::kWarps;
   static constexpr int kTiles = Tile::kBlockM / 8;
   static constexpr int kWarpsPerGradient = Tile::kBlockN / 16;  // each warp has 16 keys
+  static constexpr bool kByOffset = kHeadDim == kValueDim;      // ptxas spills a register of the kernel for 192 and 128
   static_assert(Tile::kWarps == kWarpsPerGradient * (Tile::kSplitsGradients ? 2 : 1));
   static constexpr uint32_t kK = 0;
   static constexpr uint32_t kV = kK + Tile::kBlockN * kHeadDim * 2;
@@ -164,7 +165,7 @@ GPU_DEVICE void sum_key_gradients(const Params& p) {
 
   // Find the rows.
   const SplitOfBlock program(block_index_x(), p.dk_splits);
-  const WorkTile work = key_gradient_tile<kBlockN>(p, program.block);
+  const WorkTile work = key_gradient_tile<kBlockN, Plan::kByOffset>(p, program.block);
   HeadSlice head_slice = head_slice_of(p, work.batch, work.head * p.group_size, work.head);
   const int first_key = work.block * kBlockN;
   if (first_key >= head_slice.seqlen_k) return;

@@ -41,8 +41,10 @@ void launch_backward(const Params& p, bool is_bf16, Stream stream) {
                  query_gradient_shape(p, QueryPlan::kBlockM, p.dq_splits, QueryPlan::kThreads, QueryPlan::kBytes),
                  stream, p);
     if (p.dk.data != nullptr || p.dv.data != nullptr)
-      run_kernel(key_gradient_kernel<T, kHeadDim, kValueDim, general()>,
-                 key_gradient_shape(p, KeyPlan::kBlockN, p.dk_splits, KeyPlan::kThreads, KeyPlan::kBytes), stream, p);
+      run_kernel(
+          key_gradient_kernel<T, kHeadDim, kValueDim, general()>,
+          key_gradient_shape(p, KeyPlan::kBlockN, p.dk_splits, KeyPlan::kThreads, KeyPlan::kBytes, KeyPlan::kByOffset),
+          stream, p);
   });
 }
 

@@ -142,7 +142,8 @@ void launch_fused(const Params& p, Stream stream) {
   const LaunchShape rounding = query_gradient_shape(p, Plan::kBlockM, 1, kRoundingThreads, 0);
   if constexpr (kIsGeneral) {
     if (p.mask_steps != nullptr) {
-      const int64_t warps = int64_t{num_programs} + (p.mask_turns != nullptr ? rounding.grid_x : 0);
+      const int64_t tiles = (int64_t{p.seqlen_q} + Plan::kBlockM - 1) / Plan::kBlockM * p.num_heads * p.batch;
+      const int64_t warps = num_programs + (p.mask_turns != nullptr ? tiles : 0);
       constexpr int kWarps = kPreparationThreads / 32;
       run_kernel(list_mask_steps_kernel<Plan::kBlockM>,
                  {static_cast<int>((warps + kWarps - 1) / kWarps), 1, 1, kPreparationThreads, 0}, stream, p,
