@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,18 @@ class OutOfPages(RuntimeError):
     ...     print("wait until another sequence has ended")
     wait until another sequence has ended
     """
+
+
+class _Table(NamedTuple):
+    """A block table that is right as long as no list of pages changes.
+
+    of: the sequences of its rows, and its device
+    version: the version of the tensor, by which one can tell that nobody has written to it since
+    """
+
+    of: tuple[tuple[int, ...], torch.device]
+    table: Tensor
+    version: int
 
 
 class PagedKVCache(WritableCopies):
@@ -97,6 +110,7 @@ class PagedKVCache(WritableCopies):
         self._pages: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._next_sequence = 0
+        self._last_table: _Table | None = None
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -179,11 +193,24 @@ class PagedKVCache(WritableCopies):
         _check_sequences(sequences)
         for sequence in sequences:
             self._check_known(sequence)
+        lengths = self._on_device([self._lengths[sequence] for sequence in sequences], torch.int32)
+        if torch.compiler.is_compiling():
+            return self._new_table(sequences), lengths
+        # Most tokens fill pages that their sequences have already. So most calls need no new table, which the host
+        # would take time for that grows with the number of pages.
+        last, of = self._last_table, (tuple(sequences), self.key_pages.device)
+        if last is None or last.of != of or last.table._version != last.version:
+            with torch.inference_mode(False):  # a tensor of inference mode has no version
+                table = self._new_table(sequences)
+            self._last_table = last = _Table(of, table, table._version)
+        return last.table, lengths
+
+    def _new_table(self, sequences: Sequence[int]) -> Tensor:
+        """The block table of the sequences, made of the lists of their pages."""
         lists = [self._pages[sequence] for sequence in sequences]
         columns = max([0, *map(len, lists)])  # Dynamo does not trace max(..., default=0)
         numbers = [number for pages in lists for number in (*pages, *[0] * (columns - len(pages)))]
-        table = self._on_device(numbers, torch.int32).view(len(lists), columns)
-        return table, self._on_device([self._lengths[sequence] for sequence in sequences], torch.int32)
+        return self._on_device(numbers, torch.int32).view(len(lists), columns)
 
     def fork(self, sequence: int) -> int:
         """A new sequence with the rows of `sequence`. No row is copied until one of the two writes to a shared page."""
@@ -246,6 +273,7 @@ class PagedKVCache(WritableCopies):
         with torch.inference_mode(False):
             self.key_pages = self.key_pages.to(device=device, dtype=dtype)
             self.value_pages = self.value_pages.to(device=device, dtype=dtype)
+        self._last_table = None
         return self
 
     def check_different(self, sequences: Sequence[int]) -> None:
@@ -292,10 +320,12 @@ class PagedKVCache(WritableCopies):
         """A free page, which has one user from now on."""
         page = self._free.pop()
         self._users[page] = 1
+        self._last_table = None
         return page
 
     def _release(self, page: int) -> None:
         """One sequence less has the page."""
+        self._last_table = None
         self._users[page] -= 1
         if self._users[page] == 0:
             self._free.append(page)

@@ -269,3 +269,32 @@ def test_an_interrupted_append_changes_no_sequence(monkeypatch: pytest.MonkeyPat
     cache.append([first], *rows(1, 1))
     for x, y in zip(contents(cache, second), before, strict=True):
         torch.testing.assert_close(x[:, :3], y)
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_a_table_is_made_again_only_if_pages_change(is_inference: bool) -> None:
+    """The time that the host takes for a token does not grow with the number of pages."""
+    cache = PagedKVCache(num_pages=12, page_size=4, num_kv_heads=1, head_dim=8)
+    sequences = [cache.add(), cache.add()]
+    tables = []
+
+    def step() -> torch.Tensor:
+        cache.append(sequences, torch.ones(2, 1, 1, 8), torch.ones(2, 1, 1, 8))
+        table, lengths = cache.table(sequences)
+        assert lengths.tolist() == [cache.length(sequence) for sequence in sequences]
+        assert table.tolist() == [cache._pages[sequence] for sequence in sequences]
+        return table
+
+    with torch.inference_mode(is_inference):
+        tables = [step() for _ in range(9)]
+        assert len({id(table) for table in tables}) == 3  # with 1, 2 and 3 pages
+        tables[-1].zero_()  # what a caller does with a table changes no later one
+        assert step() is not tables[-1]
+        cache.crop(sequences[0], 3)
+        cache.append(sequences[:1], torch.ones(1, 1, 7, 8), torch.ones(1, 1, 7, 8))
+        step()
+        beam = cache.fork(sequences[1])
+        cache.append([beam], torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))  # copies the last page
+        step()
+        assert cache.table([beam])[0].tolist() == [cache._pages[beam]]
+        assert cache.table(sequences[::-1])[0].tolist() == [cache._pages[sequence] for sequence in sequences[::-1]]
