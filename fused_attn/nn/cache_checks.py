@@ -82,7 +82,7 @@ def select_entries(x: Tensor, indices: Tensor) -> Tensor:
         IndexError: on a CPU, an index is outside of [0, B). On a GPU, the kernel stops with an error.
     """
     try:
-        return x.index_select(0, indices)
+        return x.index_select(0, indices.to(x.device))  # the layers of a model may be on several devices
     # torch finds the index, so a call without an error pays for no check.
     except (IndexError, RuntimeError) as error:
         wrong = indices[(indices < 0) | (indices >= x.shape[0])].tolist()

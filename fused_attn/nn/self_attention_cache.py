@@ -291,7 +291,8 @@ class StaticSelfAttentionCache(WritableCopies):
         """Forget all rows from row `length` on; see `KVCache.crop`."""
         if isinstance(length, Tensor):
             if self._rows is not None:  # otherwise there is no row to forget
-                self._rows.lengths.clamp_(max=checked_lengths(length, self._rows.lengths.shape[0]))
+                own = self._rows.lengths
+                own.clamp_(max=checked_lengths(length, own.shape[0]).to(own.device))
                 self._at_most = None
             return
         length = checked_length(length)

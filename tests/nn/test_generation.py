@@ -312,6 +312,27 @@ def test_a_capture_leaves_no_stream_behind(fails, monkeypatch):
     assert not replay._one_capture.locked()
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_capture_without_memory_is_tried_again(failures, monkeypatch):
+    """A capture cannot use the memory that torch has cached, so that memory is given back."""
+    events = []
+
+    def attempt(*arguments):
+        events.append(arguments)
+        if events.count(arguments) <= failures:
+            raise torch.OutOfMemoryError("no memory")
+        return "graph"
+
+    monkeypatch.setattr(replay, "_capture", attempt)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("empty"))
+    if failures == 1:
+        assert replay.capture("step", "device", None) == "graph"
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            replay.capture("step", "device", None)
+    assert events == [("step", "device", None), "empty", ("step", "device", None)]
+
+
 def test_what_is_not_captured():
     device = torch.device("cpu")
     assert "no CUDA graphs" in replay.why_not(device, nn.Linear(1, 1))
