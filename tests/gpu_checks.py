@@ -27,6 +27,14 @@ def check_the_host_never_waits(case: Case, backend: str) -> None:
     assert_same(actual, expected)
 
 
+def rows_of(inputs: cases.Inputs) -> list[torch.Tensor]:
+    """Query, keys and values, which may lie in pages, and the gradient of out, if there is one."""
+    names = ("query", "key", "value", "key_pages", "value_pages")
+    rows = [inputs.tensors[name] for name in names if name in inputs.tensors]
+    assert len(rows) == 3
+    return rows if inputs.dout is None else [*rows, inputs.dout]
+
+
 def check_cuda_graph(case: Case, backend: str) -> None:
     """A replayed graph of forward and backward computes the results of the tensors' contents at that time."""
     inputs = case.make(torch.float16).on("cuda")
@@ -40,7 +48,7 @@ def check_cuda_graph(case: Case, backend: str) -> None:
         captured = cases.run(inputs, backend)
     for seed in range(3):
         generator = torch.Generator("cuda").manual_seed(seed)
-        for x in (inputs.tensors["query"], inputs.tensors["key"], inputs.tensors["value"], inputs.dout):
+        for x in rows_of(inputs):
             x.normal_(generator=generator)
         graph.replay()
         torch.cuda.synchronize()

@@ -110,10 +110,12 @@ LARGE = [
     Case("large-few-keys", batch=1, heads=8, seqlen_q=16000, seqlen_k=77, head_dim=64),
     Case("large-one-key-head", batch=1, heads=16, kv_heads=1, seqlen_q=2048, seqlen_k=2048, head_dim=128),
 ]
+#: Cases whose tensors have other layouts than (B, H, L, D), or lengths on the GPU.
+LAYOUTS = ("paged-causal", "paged-packed", "key-lengths-lower-right")
 MIXED = [
     Case("long-causal", seqlen_q=1024, seqlen_k=1024, head_dim=128, options={"is_causal": True}),
     *EVERYTHING,
-    *(case for case in SUPPORTED if case.id in ("padding-causal", "mqa-8-1-decode", "varlen-dropout")),
+    *(case for case in SUPPORTED if case.id in ("padding-causal", "mqa-8-1-decode", "varlen-dropout", *LAYOUTS)),
 ]
 EVERY_MIX = pytest.mark.parametrize("case", MIXED, ids=lambda case: case.id)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())

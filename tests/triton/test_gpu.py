@@ -17,6 +17,7 @@ MIXED = [
         for case in CASES
         if case.id
         in ("softcap-with-everything", "padding-causal", "mqa-8-1-decode", "relative-bias-t5", "varlen-dropout")
+        or case.id in ("paged-causal", "paged-packed", "key-lengths-lower-right")
     ),
 ]
 EVERY_MIX = pytest.mark.parametrize("case", MIXED, ids=lambda case: case.id)
