@@ -152,7 +152,7 @@ class EndWatch:
         self._steps = 0
         if self._is_cuda:
             # The flags are in memory from which the host can read while the GPU works, one for each step in flight.
-            self._flags = torch.zeros(STEPS_AHEAD, dtype=torch.bool, device="cpu", pin_memory=True).unbind()
+            self._flags = torch.zeros(STEPS_AHEAD, dtype=torch.bool, device="cpu").pin_memory().unbind()
             self._events = [torch.cuda.Event() for _ in self._flags]
 
     def has_ended(self) -> bool:
