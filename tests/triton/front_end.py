@@ -19,16 +19,14 @@ import warnings
 os.environ.pop("TRITON_INTERPRET", None)
 
 import cases
-import pytest
 import stub_driver
 import torch
+from backend_arguments import arguments_of_backend
 from torch import Tensor
 from triton import knobs, language
 from triton.compiler.code_generator import CodeGenerator
 
-from fused_attn import running
-from fused_attn.attention.inputs import Inputs, Saved, Wanted, shape_of_lse
-from fused_attn.attention.problem import AttentionProblem
+from fused_attn.attention.inputs import Saved, Wanted
 from fused_attn.backends.triton import backend, launcher
 
 ARCHITECTURE = 90
@@ -69,21 +67,6 @@ def check_returned(value: object) -> None:
         if entry is None or (isinstance(entry, language.constexpr) and entry.value is None):
             raise TypeError("a function returns None in a tuple, which Triton 3.6 cannot compile")
         check_returned(entry)
-
-
-def arguments_of_backend(inputs: cases.Inputs) -> tuple[AttentionProblem, Inputs]:
-    """What `fused_attention` would pass to the backend."""
-    received = []
-
-    def run(problem, backend, name, is_direct, inputs, return_lse, return_max):
-        received.append((problem, inputs))
-        of_rows = inputs.query.new_empty(shape_of_lse(inputs.query, problem.is_packed))
-        return inputs.query.new_empty((*inputs.query.shape[:-1], inputs.value.shape[-1])), of_rows, of_rows
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "run", run)
-        inputs.function(**inputs.tensors, **inputs.options, return_lse=True)
-    return received[0]
 
 
 def translate(case: cases.Case, dtype: torch.dtype) -> None:

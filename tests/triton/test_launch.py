@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from backend_arguments import arguments_of_backend
 from cases import CASES, Case, Inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_attn
-from fused_attn import modes, running
+from fused_attn import modes
 from fused_attn.attention import checks
-from fused_attn.attention.inputs import Saved, Wanted, shape_of_lse
+from fused_attn.attention.inputs import Saved, Wanted
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends import dispatch
 from fused_attn.backends.cuda import hardware
@@ -93,21 +94,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter:
     return counter
 
 
-def arguments_of_backend(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> tuple:
-    """The (problem, inputs) that a call would hand to its backend. The call itself computes nothing."""
-    received = []
-
-    def run(problem, backend, name, is_direct, inputs, return_lse, return_max):
-        query, value = inputs.query, inputs.value
-        received.append((problem, inputs))
-        of_rows = query.new_empty(shape_of_lse(query, problem.is_packed))
-        return query.new_empty((*query.shape[:-1], value.shape[-1])), of_rows, of_rows
-
-    monkeypatch.setattr(running, "run", run)
-    inputs.function(**inputs.tensors, **inputs.options, return_lse=True)
-    return received[0]
-
-
 @EVERY_CASE
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +108,7 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
     monkeypatch.setattr(checks, "check_cu_seqlens_values", lambda *args: None)
     with FakeTensorMode() as fake:
         inputs = inputs._replace(tensors={name: fake.from_tensor(x) for name, x in inputs.tensors.items()})
-        problem, inputs = arguments_of_backend(inputs, monkeypatch)
+        problem, inputs = arguments_of_backend(inputs)
         problem = problem.on("sm_90")
         with Recorder() as recorder:
             out, lse, row_max = launcher.forward(problem, inputs, True, True)
@@ -156,7 +142,7 @@ def test_one_launch_and_no_synchronisation(case: Case, launches: Counter, monkey
 @EVERY_CASE
 @pytest.mark.usefixtures("launches")
 def test_scale_is_folded_only_where_nothing_is_added_to_scores(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, inputs = arguments_of_backend(case.make(torch.float16), monkeypatch)
+    problem, inputs = arguments_of_backend(case.make(torch.float16))
     found = []
     plan = launcher._plan
     monkeypatch.setattr(launcher, "_plan", lambda *arguments: found.append(plan(*arguments)) or found[-1])
@@ -224,7 +210,7 @@ def test_explain_every_case_on_gpus_that_are_not_there(case: Case, monkeypatch: 
     def explain(inputs: Inputs, architecture: str) -> dispatch.Explanation:
         if inputs.function is fused_attn.fused_attention:
             return fused_attn.explain(**inputs.tensors, **inputs.options, device=architecture)
-        problem, *_ = arguments_of_backend(inputs, monkeypatch)
+        problem, *_ = arguments_of_backend(inputs)
         return dispatch.explain(problem.on(architecture), None)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
