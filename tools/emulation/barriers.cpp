@@ -46,7 +46,7 @@ void Barriers::arrive(int id, int threads, bool is_sync, const char* name) {
     for (int i = 0; i < kWarpSize; i++) {
       Thread& lane = lanes_of(warp)[i];
       barrier.clock.join(lane.clock);
-      lane.clock.tick(lane.index);
+      if (!is_sync) lane.clock.tick(lane.index);
     }
   }
   barrier.arrived += kWarpSize;
@@ -66,7 +66,10 @@ void Barriers::arrive(int id, int threads, bool is_sync, const char* name) {
   for (int waiting : std::exchange(barrier.waiting_warps, {})) {
     for (int i = 0; i < kWarpSize; i++) {
       Thread& lane = lanes_of(waiting)[i];
-      if (b.options.race_detection) lane.clock.join(barrier.clock);
+      if (b.options.race_detection) {  // the barrier knows all that the lane knew when it arrived
+        lane.clock = barrier.clock;
+        lane.clock.tick(lane.index);
+      }
       if (&lane != b.current) b.scheduler.make_ready(lane);
     }
   }

@@ -83,7 +83,8 @@ struct Block {
 };
 
 // block(): the block whose thread runs now. running_blocks(): all blocks that have started and not ended.
-Block& block();
+extern Block* current_block;
+inline Block& block() { return *current_block; }
 const std::vector<Block*>& running_blocks();
 
 // Ends a tick of the current thread's clock: accesses from now on are newer than those before. Call this after another

@@ -46,6 +46,11 @@ namespace {
 constexpr size_t kGuardBytes = 64 * 1024;
 constexpr int kSavedRegisters = 6;
 
+// The stacks begin at all offsets modulo this number of bytes. If all began at the same one, the tops of all stacks,
+// which the threads use most, would fall into few sets of the CPU's caches.
+constexpr size_t kSpreadBytes = 64 * 1024;
+constexpr size_t kSpreadStep = 13 * 64;  // whole cache lines; an odd number of them reaches every set
+
 std::vector<std::vector<char*>> stacks;  // [slot][thread]: the lowest address, where the guard begins
 
 }  // namespace
@@ -71,13 +76,13 @@ void* prepare_stack(char* top, void (*entry)()) {
 char* stack_top(int slot, int thread) {
   if (slot >= int(stacks.size())) stacks.resize(slot + 1);
   while (thread >= int(stacks[slot].size())) {
-    void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+    void* memory = mmap(nullptr, kGuardBytes + kStackBytes + kSpreadBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0)
       fail("launch: no memory for the stacks of so many threads; fewer resident_blocks need less");
     stacks[slot].push_back(static_cast<char*>(memory));
   }
-  return stacks[slot][thread] + kGuardBytes + kStackBytes;
+  return stacks[slot][thread] + kGuardBytes + kStackBytes + thread * kSpreadStep % kSpreadBytes;
 }
 
 bool is_stack_overflow(const void* address) {

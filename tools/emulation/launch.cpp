@@ -12,12 +12,13 @@
 #include "global_memory.h"
 
 namespace fused_attn::emulation {
-namespace {
-
-constexpr int kMaxThreads = 1024;
-constexpr size_t kSignalStackBytes = 64 * 1024;
 
 Block* current_block = nullptr;
+
+namespace {
+
+constexpr size_t kSignalStackBytes = 64 * 1024;
+
 std::vector<Block*> running;
 std::vector<std::unique_ptr<Block>> slots;  // a Block for each block that can run at a time; later blocks reuse them
 Options options_of_session;
@@ -176,7 +177,6 @@ void run_blocks(const LaunchShape& shape, const Options& options, Statistics* st
 
 }  // namespace
 
-Block& block() { return *current_block; }
 const std::vector<Block*>& running_blocks() { return running; }
 Options& session_options() { return options_of_session; }
 Statistics& session_statistics() { return statistics_of_session; }

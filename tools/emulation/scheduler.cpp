@@ -9,7 +9,7 @@
 namespace fused_attn::emulation {
 
 void Scheduler::start(int slot) {
-  ready_.clear();
+  num_ready_ = 0;
   error_.clear();
   std::vector<Thread>& threads = block().threads;
   num_alive_ = int(threads.size());
@@ -60,7 +60,7 @@ void Scheduler::make_ready(Thread& thread) {
   if (thread.is_ready || thread.is_done) return;
   thread.is_ready = true;
   thread.wait = Wait{};
-  ready_.push_back(thread.index);
+  ready(num_ready_++) = thread.index;
 }
 
 void Scheduler::wait(const Wait& wait) {
@@ -88,10 +88,11 @@ Thread* Scheduler::next_thread() {
   const bool is_random = b.options.seed != 0;
   for (;;) {
     if (is_random && !b.tma.is_empty() && b.random() % 64 == 0) b.tma.complete_one();
-    if (!ready_.empty()) {
-      if (is_random) std::swap(ready_.front(), ready_[b.random() % ready_.size()]);
-      Thread& thread = b.threads[ready_.front()];
-      ready_.pop_front();
+    if (num_ready_) {
+      if (is_random) std::swap(ready(0), ready(b.random() % num_ready_));
+      Thread& thread = b.threads[ready(0)];
+      first_ready_++;
+      num_ready_--;
       thread.is_ready = false;
       return &thread;
     }

@@ -3,13 +3,15 @@
 // The turn of a block lasts until the block ends, until none of its threads can run, or until it yields. Then other
 // blocks have their turns.
 #pragma once
+#include <array>
 #include <cstdint>
-#include <deque>
 #include <string>
 
 namespace fused_attn::emulation {
 
 struct Thread;
+
+constexpr int kMaxThreads = 1024;  // of a block
 
 // What a thread waits for, for reports and to find the threads to wake.
 struct Wait {
@@ -55,7 +57,11 @@ class Scheduler {
   void switch_to_next();          // continues with another thread, or ends the turn
   void leave(Progress progress);  // ends the turn: returns to run()
 
-  std::deque<int> ready_;
+  // The queue of the threads that can run, in a ring. Each thread is in the queue at most once.
+  std::array<int, kMaxThreads> ready_;
+  uint32_t first_ready_ = 0, num_ready_ = 0;
+  int& ready(uint32_t i) { return ready_[(first_ready_ + i) % kMaxThreads]; }
+
   int num_alive_ = 0;
   void* host_context_ = nullptr;  // stack pointer of run()
   Progress progress_ = Progress::kNone;

@@ -36,39 +36,49 @@ const char* matrix_name(bool is_load, int matrices, bool is_transposed) {
 
 // Counts the bank conflicts of one instruction. Only the lanes whose addresses name a row take part.
 void count_conflicts(void** lanes, int matrices) {
-  uint32_t addresses[kWarpSize];
+  uint32_t addresses[kWarpSize] = {};
   for (int i = 0; i < kRows * matrices; i++) addresses[i] = static_cast<MatrixOperand*>(lanes[i])->address;
   block().bank_conflicts.add(addresses, kRows * matrices, kRowBytes);
 }
 
+// Gathers the factors from the registers of all lanes, multiplies, and writes the results. PTX ISA, "Matrix fragments
+// for mma.m16n8k16", says which element lies where.
+template <bool kIsBf16>
+void multiply(void** lanes) {
+  using Row = float __attribute__((vector_size(8 * sizeof(float))));  // of the right factor, and of the sum
+  float left[16][16];
+  Row right[16], sum[16];
+  for (int lane = 0; lane < kWarpSize; lane++) {
+    const MmaOperand& own = *static_cast<MmaOperand*>(lanes[lane]);
+    const int group = lane / 4, pair = 2 * (lane % 4);
+    for (int half = 0; half < 2; half++) {
+      for (int i = 0; i < 4; i++)
+        left[group + 8 * (i & 1)][pair + half + 8 * (i >> 1)] = from_16_bits(half_of(own.a[i], half), kIsBf16);
+      for (int i = 0; i < 2; i++) right[pair + half + 8 * i][group] = from_16_bits(half_of(own.b[i], half), kIsBf16);
+    }
+    for (int i = 0; i < 4; i++) sum[group + 8 * (i >> 1)][pair + (i & 1)] = own.c[i];
+  }
+  for (int row = 0; row < 16; row++) {
+    Row of_row = sum[row];
+    for (int k = 0; k < 16; k++) of_row += left[row][k] * right[k];
+    sum[row] = of_row;
+  }
+  for (int lane = 0; lane < kWarpSize; lane++) {
+    const MmaOperand& own = *static_cast<MmaOperand*>(lanes[lane]);
+    for (int i = 0; i < 4; i++) own.c[i] = sum[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)];
+  }
+}
+
 }  // namespace
 
-// The last lane of the warp to arrive gathers the factors from the registers of all lanes, multiplies, and writes the
-// results. PTX ISA, "Matrix fragments for mma.m16n8k16", says which element lies where.
+// The last lane of the warp to arrive does the work of all.
 void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, bool is_bf16) {
   Block& block_ = block();
   MmaOperand operand = {c, a, b};
   void** lanes = block_.warps.meet_in_warp(is_bf16 ? "mma_m16n8k16<bf16>" : "mma_m16n8k16<f16>", &operand);
   if (lanes == nullptr) return;
   block_.statistics.mma++;
-  float left[16][16], right[16][8], sum[16][8];
-  for (int lane = 0; lane < kWarpSize; lane++) {
-    const MmaOperand& own = *static_cast<MmaOperand*>(lanes[lane]);
-    const int group = lane / 4, pair = 2 * (lane % 4);
-    for (int half = 0; half < 2; half++) {
-      for (int i = 0; i < 4; i++)
-        left[group + 8 * (i & 1)][pair + half + 8 * (i >> 1)] = from_16_bits(half_of(own.a[i], half), is_bf16);
-      for (int i = 0; i < 2; i++) right[pair + half + 8 * i][group] = from_16_bits(half_of(own.b[i], half), is_bf16);
-    }
-    for (int i = 0; i < 4; i++) sum[group + 8 * (i >> 1)][pair + (i & 1)] = own.c[i];
-  }
-  for (int row = 0; row < 16; row++)
-    for (int k = 0; k < 16; k++)
-      for (int column = 0; column < 8; column++) sum[row][column] += left[row][k] * right[k][column];
-  for (int lane = 0; lane < kWarpSize; lane++) {
-    const MmaOperand& own = *static_cast<MmaOperand*>(lanes[lane]);
-    for (int i = 0; i < 4; i++) own.c[i] = sum[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)];
-  }
+  is_bf16 ? multiply<true>(lanes) : multiply<false>(lanes);
   block_.warps.release_warp();
 }
 

@@ -6,6 +6,12 @@
 #include "errors.h"
 
 namespace fused_attn::emulation {
+namespace {
+
+// Most calls pass the same literal, so that the addresses tell.
+bool is_other(const char* name, const char* other) { return name != other && strcmp(name, other) != 0; }
+
+}  // namespace
 
 void Warps::reset(int warps, int warpgroups) {
   warps_.assign(warps, Meeting{});
@@ -16,7 +22,7 @@ void Warps::reset(int warps, int warpgroups) {
 void** Warps::meet_in_warp(const char* name, void* operand) {
   Block& b = block();
   Meeting& meeting = warps_[b.current->warp];
-  if (meeting.num_arrived && strcmp(meeting.name, name) != 0)
+  if (meeting.num_arrived && is_other(meeting.name, name))
     fail("DIVERGENCE: %s, while %d other lanes of the warp are in %s", name, meeting.num_arrived, meeting.name);
   meeting.name = name;
   meeting.operands[b.current->lane] = operand;
@@ -35,7 +41,7 @@ void** Warps::meet_in_warpgroup(const char* name, void* operand) {
   if ((warpgroup + 1) * kWarpgroupSize > int(b.threads.size()))
     fail("%s: the block has %d threads, so that this warpgroup is incomplete", name, int(b.threads.size()));
   Meeting& meeting = warpgroups_[warpgroup];
-  if (meeting.num_arrived && strcmp(meeting.name, name) != 0)
+  if (meeting.num_arrived && is_other(meeting.name, name))
     fail("DIVERGENCE: %s, while %d other threads of the warpgroup are in %s", name, meeting.num_arrived, meeting.name);
   meeting.name = name;
   meeting.operands[b.current->index % kWarpgroupSize] = operand;

@@ -46,21 +46,26 @@ const char* name_of(const Wgmma& wgmma) { return wgmma.is_a_in_registers ? "wgmm
 // computes this tick when somebody asks for the agent, because most agents are never asked for.
 class CommonKnowledge {
  public:
-  explicit CommonKnowledge(const Thread* threads) : threads_(threads) {}
+  CommonKnowledge(const Thread* threads, int agents) : threads_(threads) {
+    for (auto& of_plane : least_) of_plane.resize(agents);
+  }
 
   uint32_t operator()(Plane plane, int agent) const {
-    auto [found, is_new] = least_[plane].try_emplace(agent, 0);
-    if (is_new) {
-      uint32_t least = UINT32_MAX;
-      for (int i = 0; i < kWarpgroupSize; i++) least = std::min(least, threads_[i].clock.get(plane, agent));
-      found->second = least;
+    Least& least = least_[plane][agent];
+    if (!least.is_known) {
+      least = {true, UINT32_MAX};
+      for (int i = 0; i < kWarpgroupSize; i++) least.tick = std::min(least.tick, threads_[i].clock.get(plane, agent));
     }
-    return found->second;
+    return least.tick;
   }
 
  private:
+  struct Least {
+    bool is_known = false;
+    uint32_t tick = 0;
+  };
   const Thread* threads_;
-  mutable std::unordered_map<int, uint32_t> least_[2];
+  mutable std::vector<Least> least_[2];  // [plane][agent]
 };
 
 }  // namespace
@@ -108,7 +113,7 @@ void WgmmaPipelines::issue(float* d, int n, bool is_bf16, const uint32_t* a, uin
   const MatrixDescriptor left(a_descriptor), right(b_descriptor);
   right.check(name);
   if (!a) left.check(name);
-  const CommonKnowledge known(&b.threads[b.current->warpgroup * kWarpgroupSize]);
+  const CommonKnowledge known(&b.threads[b.current->warpgroup * kWarpgroupSize], b.agents.count());
   const Epoch epoch = {uint16_t(b.agents.wgmma(b.current->warpgroup)), true, pipeline.groups_committed + 1};
   const auto check_read = [&](uint32_t address, int, int) {
     b.shared.at(address, kChunkBytes, kChunkBytes, name);
