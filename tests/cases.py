@@ -234,7 +234,15 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
     return result
 
 
-def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **options) -> None:
+def check_strays(
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    lengths_q: tuple[int, ...] = (70, 0, 5),
+    lengths_k: tuple[int, ...] = (40, 3, 33),
+    head_dim: int = 64,
+    **options,
+) -> None:
     """Checks packed rows that belong to no sequence: results must be zero there, lse and max must be -inf.
 
     These rows stand before the first sequence and behind the last one, and hold NaN in the inputs. The test calls the
@@ -243,7 +251,6 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
     """
     generator = torch.Generator().manual_seed(0)
     options = {"window": (-1, -1), "dropout_p": 0.0, "needs_max": False, **options}
-    lengths_q, lengths_k = (70, 0, 5), (40, 3, 33)
     first, behind = 3, 140
     owned_q, owned_k = sum(lengths_q), sum(lengths_k)
 
@@ -262,8 +269,8 @@ def check_strays(dtype: torch.dtype, backend: str, device: str = "cpu", **option
         return {"out": out, **of_rows, **dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))}
 
     shapes = {
-        "query": (owned_q, 4, 64), "key": (owned_k, 2, 64), "value": (owned_k, 2, 64),
-        "dout": (owned_q, 4, 64), "dlse": (owned_q, 4, 1),
+        "query": (owned_q, 4, head_dim), "key": (owned_k, 2, head_dim), "value": (owned_k, 2, head_dim),
+        "dout": (owned_q, 4, head_dim), "dlse": (owned_q, 4, 1),
     }  # fmt: skip
     rows = {name: randn(shape, dtype, generator) for name, shape in shapes.items()}
     expected, found = run(0, 0, rows), run(first, behind, rows)

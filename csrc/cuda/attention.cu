@@ -26,6 +26,42 @@
 namespace fused_attn::gpu {
 namespace {
 
+// A tensor of `heads` heads, whose rows may be cleared: `columns` 16-bit numbers, or one float.
+ClearedTensor cleared(const TensorView& x, int64_t heads, int64_t columns) {
+  if (x.data == nullptr) return {};
+  constexpr uint32_t kMinusInfinity = 0xff800000;
+  const bool is_float = columns == 1;
+  const int64_t bytes = is_float ? 4 : 2;  // of an element
+  return {static_cast<char*>(x.data),
+          x.stride_batch * bytes,
+          x.stride_head * bytes,
+          x.stride_row * bytes,
+          static_cast<int32_t>(heads),
+          static_cast<int32_t>(ceil_div(columns * bytes, sizeof(Vec4))),
+          !is_float,
+          is_float ? kMinusInfinity : 0};
+}
+
+// The results of a call with a row for each query.
+UnownedRows unowned_queries_of(const AttentionParams& a, const Params& p, bool is_backward) {
+  if (is_backward) return {p.cu_seqlens_q, nullptr, p.rows_q, p.seqlen_q, {cleared(a.dquery, a.num_heads, a.head_dim)}};
+  return {
+      p.cu_seqlens_q,
+      nullptr,
+      p.rows_q,
+      p.seqlen_q,
+      {cleared(a.out, a.num_heads, a.value_dim), cleared(a.lse, a.num_heads, 1), cleared(a.row_max, a.num_heads, 1)}};
+}
+
+// The results of backward with a row for each key.
+UnownedRows unowned_keys_of(const AttentionParams& a, const Params& p) {
+  return {p.cu_seqlens_k,
+          p.key_lengths,
+          p.rows_k,
+          p.seqlen_k,
+          {cleared(a.dkey, a.num_kv_heads, a.head_dim), cleared(a.dvalue, a.num_kv_heads, a.value_dim)}};
+}
+
 // The jobs of the preparation kernel in this call. No job has blocks of threads if there is nothing to prepare.
 PreparationParams preparation_of(const AttentionParams& a, const Params& p, const Pieces& pieces,
                                  const KernelSet& kernels, bool is_backward) {
@@ -37,18 +73,18 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
     if (total >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
     return static_cast<int32_t>(blocks);
   };
-  if (a.key_padding.data != nullptr) {
+  if (pieces.valid_keys != nullptr) {
     jobs.padding = {static_cast<const uint8_t*>(a.key_padding.data), a.key_padding.stride_batch,
                     a.key_padding.stride_col, pieces.valid_keys, pieces.key_ranks};
     jobs.padding_blocks = blocks_for(a.batch, 1);
   }
-  if (a.relative_bias.data != nullptr) {
+  if (pieces.relative_bias != nullptr) {
     jobs.relative_bias = {static_cast<const float*>(a.relative_bias.data), a.relative_bias.stride_head,
                           relative_bias_heads(a), a.seqlen_q + a.seqlen_k - 1, pieces.relative_bias};
     jobs.relative_bias_blocks = blocks_for(
         jobs.relative_bias.heads * (jobs.relative_bias.columns + 2 * kRelativeBiasMargin), kPreparationThreads);
   }
-  if (mask_entries(a) != 0) {
+  if (pieces.mask.map != nullptr) {
     jobs.mask = mask_source_of(a);
     jobs.mask_blocks = blocks_for(warps_of_mask(p.mask, mask_entries(a)), kPreparationWarps);
   }
@@ -56,6 +92,15 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
     jobs.query_tiles = {kernels.forward_rows[is_general_forward(p)], p.splits.fewest_queries, pieces.most_query_tiles,
                         pieces.query_tiles, pieces.num_query_tiles};
     jobs.query_tile_blocks = blocks_for(1, 1);
+  }
+  if (a.cu_seqlens_q != nullptr) {
+    jobs.queries = unowned_queries_of(a, p, is_backward);
+    jobs.query_clearing_blocks = blocks_for(p.rows_q, kPreparationThreads);
+  }
+  if (is_backward && (a.cu_seqlens_k != nullptr || a.key_lengths != nullptr)) {
+    jobs.keys = unowned_keys_of(a, p);
+    const int64_t entries = a.cu_seqlens_k != nullptr ? 1 : a.batch;
+    jobs.key_clearing_blocks = blocks_for(entries * p.rows_k, kPreparationThreads);
   }
   // Row statistics lie in whole row blocks, up to the end of the last one.
   if (is_backward) {
@@ -70,13 +115,13 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
 // been measured.
 constexpr int64_t kMostListedWithPadding = 2048;
 
-// Launches the preparation kernel, if the large kernels of this call need anything that it makes.
+// Launches the preparation kernel, if the call needs anything that it makes.
 void prepare(const AttentionParams& a, const Params& p, const Pieces& pieces, const KernelSet& kernels,
              bool is_backward, Stream stream) {
   PreparationParams jobs = preparation_of(a, p, pieces, kernels, is_backward);
   const auto run = [&](const Params& params, const PreparationParams& what) {
-    const int blocks =
-        what.padding_blocks + what.relative_bias_blocks + what.mask_blocks + what.query_tile_blocks + what.row_blocks;
+    const int blocks = what.padding_blocks + what.relative_bias_blocks + what.mask_blocks + what.query_tile_blocks +
+                       what.query_clearing_blocks + what.key_clearing_blocks + what.row_blocks;
     if (blocks == 0 && p.tile_counter == nullptr) return;
     const LaunchShape shape{std::max(blocks, 1), 1, 1, kPreparationThreads, 0};
     const bool has_large_tiles = fused_backward_rows(kernels.head_dim, is_general_backward(p)) == 128;
@@ -157,6 +202,7 @@ void run(const Call& of_caller, bool is_backward) {
   const Pieces pieces = take_pieces(needs, kernels.bias_gradient_tile, workspace);
   const Params params = params_of(call, needs, pieces);
   const bool is_bf16 = a.dtype == DType::kBFloat16;
+  prepare(a, params, pieces, kernels, is_backward, call.stream);
   if (needs.splits.decode > 0) {
     Params few = params;
     const DecodeParams decode = decode_params_of(a, pieces, few);
@@ -164,7 +210,6 @@ void run(const Call& of_caller, bool is_backward) {
     merge_splits(few, is_bf16, call.stream);
     if (needs.splits.large == 0) return;
   }
-  prepare(a, params, pieces, kernels, is_backward, call.stream);
   if (!is_backward) {
     kernels.forward(params, is_bf16, call.stream);
     merge_splits(params, is_bf16, call.stream);

@@ -198,6 +198,29 @@ struct RelativeBiasParams {
   float* padded;    // output, from the first margin on: see LogitParams::relative_bias
 };
 
+// A tensor of which the preparation kernel clears rows (unowned_rows.h). A row has `units` units for each head, of 16
+// bytes, or of 4 bytes. Each of their words becomes `word`.
+struct ClearedTensor {
+  char* data;
+  int64_t batch_bytes;  // from a batch entry to the next one
+  int64_t head_bytes;
+  int64_t row_bytes;
+  int32_t heads;  // 0 = there is no such tensor
+  int32_t units;
+  bool has_large_units;
+  uint32_t word;
+};
+
+// The tensors that have the same rows, those of the queries or of the keys.
+struct UnownedRows {
+  static constexpr int kMost = 3;  // out, lse and row_max
+  const int32_t* cu_seqlens;       // (B + 1), or null when not packed
+  const int32_t* lengths;          // (B): how many rows of a batch entry are owned; null when packed
+  int32_t rows;                    // of a batch entry
+  int32_t longest;                 // sequence
+  ClearedTensor tensors[kMost];
+};
+
 // What the preparation kernel does in a call (preparation.h). Each job has blocks of threads of its own, in this order.
 // A job that is not needed has none.
 struct PreparationParams {
@@ -205,11 +228,15 @@ struct PreparationParams {
   RelativeBiasParams relative_bias;
   MaskSource mask;
   QueryTileParams query_tiles;
+  UnownedRows queries;
+  UnownedRows keys;
   int32_t padding_blocks;
   int32_t relative_bias_blocks;
   int32_t mask_blocks;
-  int32_t query_tile_blocks;  // forward of packed calls: one warp lists the tiles of queries
-  int32_t row_blocks;         // backward: each computes the row statistics of kPreparationRows queries
+  int32_t query_tile_blocks;      // forward of packed calls: one warp lists the tiles of queries
+  int32_t query_clearing_blocks;  // packed calls: each warp clears those of 32 rows of queries that no sequence owns
+  int32_t key_clearing_blocks;    // backward: the same for keys, also for those behind the length of a batch entry
+  int32_t row_blocks;             // backward: each computes the row statistics of kPreparationRows queries
 };
 
 // DropoutOrigin of common/attention_params.h in the types of a GPU: it is added to the position of an entry of the

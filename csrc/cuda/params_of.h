@@ -90,9 +90,12 @@ inline bool shares_tiles(const AttentionParams& a, int64_t large_splits) {
          ceil_div(a.seqlen_q, kLeastForwardRowsSm90) * a.num_heads * a.batch * large_splits > num_multiprocessors();
 }
 
-// Whether a query may see no key. The host knows the band, but not what padding, lengths and masks hold. There is a key.
+// Whether a query may see no key. The host knows the band, but not what padding, lengths, offsets and masks hold. There
+// is a key.
 inline bool may_see_no_key(const AttentionParams& a, const Params& p) {
-  if (a.key_padding.data != nullptr || a.key_lengths != nullptr || mask_entries(a) != 0 || p.band_from_end) return true;
+  if (a.key_padding.data != nullptr || a.key_lengths != nullptr || a.cu_seqlens_k != nullptr || mask_entries(a) != 0 ||
+      p.band_from_end)
+    return true;
   const bool first_query_sees = p.last_diagonal >= 0, last_query_sees = p.first_diagonal <= a.seqlen_k - a.seqlen_q;
   return !first_query_sees || !last_query_sees;
 }
@@ -159,9 +162,7 @@ inline Params params_of(const Call& call, const WorkspaceNeeds& needs, const Pie
   p.dq_sums_log2 = pieces.dq_sums_log2;
   p.dq_sums = pieces.dq_sums;
   p.dq_turns = pieces.dq_turns;
-  // In packed calls, the caller has set dq to zero, because rows may belong to no sequence.
-  p.clears_dq =
-      is_fused_backward(needs) && needs.wants_dquery && !sums_dq(needs) && !needs.is_packed && may_see_no_key(a, p);
+  p.clears_dq = is_fused_backward(needs) && needs.wants_dquery && !sums_dq(needs) && may_see_no_key(a, p);
   p.key_ranks = pieces.key_ranks;
   p.key_blocks = pieces.key_blocks;
   p.mask_steps = pieces.mask_steps;

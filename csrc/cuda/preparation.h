@@ -4,6 +4,7 @@
 //   key padding      is packed to bits
 //   relative bias    is copied into the workspace, with margins
 //   tiles of queries are listed in forward of packed calls
+//   unowned rows     of packed results are cleared: those that belong to no sequence
 //   masks            the dense mask and the ranges of keys are packed to bits, and a map of these is made (mask_bits.h)
 //   row statistics   of backward are computed; counters of dq, or dq itself, are set to 0
 //
@@ -22,6 +23,7 @@
 #include "mask_bits.h"
 #include "sm90/key_blocks.h"
 #include "tile_scheduler.h"
+#include "unowned_rows.h"
 
 namespace fused_attn::gpu {
 
@@ -199,6 +201,13 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 12)
     return;
   }
   block -= jobs.query_tile_blocks;
+  const int64_t first_row = int64_t{32} * (thread / 32);
+  if (block < jobs.query_clearing_blocks)
+    return clear_unowned_rows(jobs.queries, p.batch, int64_t{block} * kPreparationThreads + first_row, this_lane());
+  block -= jobs.query_clearing_blocks;
+  if (block < jobs.key_clearing_blocks)
+    return clear_unowned_rows(jobs.keys, p.batch, int64_t{block} * kPreparationThreads + first_row, this_lane());
+  block -= jobs.key_clearing_blocks;
   if (block >= jobs.row_blocks) return;
   prepare_rows<T, kTileRows>(p, block);
   if (p.key_blocks != nullptr && jobs.padding_blocks == 0)

@@ -141,7 +141,7 @@ def test_huge_logits(case: Case, architecture: int, kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 @pytest.mark.parametrize("options", [{}, {"window": (9, 0), "dropout_p": 0.3}], ids=["plain", "window-dropout"])
-@pytest.mark.usefixtures("running")
+@pytest.mark.usefixtures("running", "poisoned")
 def test_packed_rows_that_no_sequence_owns(dtype: torch.dtype, options: dict) -> None:
     cases.check_strays(dtype, "cuda", **options)
 

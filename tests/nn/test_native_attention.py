@@ -71,8 +71,8 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def _long(module, x):
-    return module, torch.randn(1, 5000, 16)
+def _many_rows(module, x):
+    return module, torch.randn(50, 100, 16)
 
 
 def _transposed(module, x):
@@ -227,7 +227,7 @@ def _subclass(module, x):
 
 
 CHANGES = [
-    _long, _transposed, _hooked, _replaced, _on_the_reference, _in_dropout, _replaced_forward, _offloaded,
+    _many_rows, _transposed, _hooked, _replaced, _on_the_reference, _in_dropout, _replaced_forward, _offloaded,
     _offloaded_by_hooks, _old_style_hooked, _hooked_backward, _compiled, _parametrised, _pruned, _merged,
     _weight_of_a_subclass, _bias_of_a_subclass, _other_features, _out_bias_of_one_element, _in_bias_of_one_element,
     _negated_in_weight, _negated_in_bias, _negated_out_weight, _subclass,

@@ -97,12 +97,10 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
     lse = torch.empty(shape, dtype=torch.float32, device=query.device) if needs_lse else None
     row_max = torch.empty(shape, dtype=torch.float32, device=query.device) if needs_max else None
     results = out, lse, row_max
-    has_no_keys = 0 in (inputs.key.numel(), problem.seqlen_k)
-    if problem.is_packed or has_no_keys:
+    # CUDA refuses to launch a grid without blocks.
+    if 0 in (inputs.key.numel(), problem.seqlen_k, out.numel(), problem.batch, problem.seqlen_q):
         clear_rows(out)
         clear_rows(lse, row_max, value=float("-inf"))
-    # CUDA refuses to launch a grid without blocks.
-    if has_no_keys or 0 in (out.numel(), problem.batch, problem.seqlen_q):
         return results
     memory = workspace(problem, inputs, wanted=None, key_splits=parts)
     architecture = hardware.architecture(problem, has_large_kernels=parts.large > 0)
@@ -124,11 +122,6 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         empty_like_layout(value, problem.value_dim) if wanted.value else None,
         *(_empty_shared_gradients(inputs, wanted) if wanted.is_any_shared else ()),
     )
-    # The kernels write no row that belongs to no sequence, and no row behind the length of a batch entry.
-    if problem.is_packed:
-        clear_rows(*grads[:3])
-    elif problem.has_key_lengths:
-        clear_rows(*grads[1:3])
     if 0 in (query.numel(), key.numel(), problem.batch, problem.seqlen_q, problem.seqlen_k):
         return in_dtypes_of(inputs, Gradients(*(None if dx is None else dx.zero_() for dx in grads)))
     assert saved.lse is not None, "backward needs the lse of forward"
