@@ -38,7 +38,7 @@ ClearedTensor cleared(const TensorView& x, int64_t heads, int64_t columns) {
           x.stride_row * bytes,
           static_cast<int32_t>(heads),
           static_cast<int32_t>(ceil_div(columns * bytes, sizeof(Vec4))),
-          !is_float,
+          is_float,
           is_float ? kMinusInfinity : 0};
 }
 

@@ -198,16 +198,16 @@ struct RelativeBiasParams {
   float* padded;    // output, from the first margin on: see LogitParams::relative_bias
 };
 
-// A tensor of which the preparation kernel clears rows (unowned_rows.h). A row has `units` units for each head, of 16
-// bytes, or of 4 bytes. Each of their words becomes `word`.
+// A tensor of which the preparation kernel clears rows (unowned_rows.h). A row takes `stores` stores for each head, of
+// 16 bytes each, or of 4 if the numbers are floats. Each of their words becomes `word`.
 struct ClearedTensor {
   char* data;
   int64_t batch_bytes;  // from a batch entry to the next one
   int64_t head_bytes;
   int64_t row_bytes;
   int32_t heads;  // 0 = there is no such tensor
-  int32_t units;
-  bool has_large_units;
+  int32_t stores;
+  bool is_float;
   uint32_t word;
 };
 

@@ -1,6 +1,6 @@
 // Clears rows of results that belong to no sequence, or lie behind the length of their batch entry: a job of the
-// preparation kernel. No other kernel writes these rows. To fill whole tensors beforehand would write all of their bytes
-// once more.
+// preparation kernel. No other kernel writes these rows. To fill whole tensors beforehand would write all of their
+// bytes once more.
 #pragma once
 #include "fragments.h"
 #include "head_slice.h"
@@ -17,8 +17,8 @@ GPU_DEVICE int32_t last_sequence_before(const UnownedRows& x, int32_t batch, int
   return begin;
 }
 
-// Whether no sequence has this row of a batch entry. A row behind the longest sequence that the caller has named belongs
-// to none.
+// Whether no sequence has this row of a batch entry. A row behind the longest sequence that the caller has named
+// belongs to none.
 GPU_DEVICE bool is_unowned(const UnownedRows& x, int32_t batch, int32_t entry, int32_t row) {
   if (x.cu_seqlens == nullptr) return row >= clamp_to(load_global(x.lengths + entry), 0, x.longest);
   const int32_t sequence = last_sequence_before(x, batch, row), begin = offset_in(x.cu_seqlens, sequence, x.rows);
@@ -28,12 +28,12 @@ GPU_DEVICE bool is_unowned(const UnownedRows& x, int32_t batch, int32_t entry, i
 // Sets a row of a tensor to its word. All lanes of a warp call this.
 GPU_DEVICE void clear_row(const ClearedTensor& x, int32_t entry, int32_t row, Lane lane) {
   char* const first = x.data + entry * x.batch_bytes + row * x.row_bytes;
-  for (int32_t n = lane.index; n < x.heads * x.units; n += 32) {
-    char* const of_head = first + n / x.units * x.head_bytes;
-    if (x.has_large_units) {
-      store_global(reinterpret_cast<Vec4*>(of_head) + n % x.units, Vec4{x.word, x.word, x.word, x.word});
+  for (int32_t n = lane.index; n < x.heads * x.stores; n += 32) {
+    char* const of_head = first + n / x.stores * x.head_bytes;
+    if (x.is_float) {
+      store_global(reinterpret_cast<uint32_t*>(of_head) + n % x.stores, x.word);
     } else {
-      store_global(reinterpret_cast<uint32_t*>(of_head) + n % x.units, x.word);
+      store_global(reinterpret_cast<Vec4*>(of_head) + n % x.stores, Vec4{x.word, x.word, x.word, x.word});
     }
   }
 }
