@@ -57,7 +57,7 @@ def runnable_backends() -> list[str]:
 
 
 def pytest_collection_finish() -> None:
-    """Lets the garbage collector pass over all modules and tests. To look at them each time took a sixth of the time."""
+    """Lets the garbage collector pass over all modules and tests. To look at them took a sixth of the time of tests."""
     gc.collect()
     gc.freeze()
 
