@@ -94,6 +94,8 @@ MOST_REGISTERS_PREPARATION = 40
 
 #: A line of machine code: the address, the text, and in the text the name of the instruction.
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+((?:@!?\w+\s+)?([A-Z0-9_]+).*?)\s*;")
+#: An instruction that another one than the next may follow: its predicate, and the address of the other one.
+JUMP = re.compile(r"(@!?U?P\w+ )?(?:EXIT|RET|BRA)\b.*?(0x[0-9a-f]+)?$")
 #: An instruction that writes to a register: its number. It is the first operand, or comes after a predicate.
 WRITTEN = re.compile(r"(?:@!?\w+\s+)?[A-Z0-9_]+\S*\s+(?:U?PT?\w*, )?R(\d+)\b")
 
@@ -157,11 +159,12 @@ def kernels() -> list[Kernel]:
             address, text, name = match.groups()
             function[name] += 1
             code.append((int(address, 16), text))
-        elif match := re.match(r"\s*arch = (\w+)", line):
-            architecture = match[1]
-        elif match := re.match(r"\s*Function : (\S+)", line):
-            function = counts.setdefault((architecture, match[1]), collections.Counter())
-            code = codes.setdefault((architecture, match[1]), [])
+        elif "arch = " in line:
+            architecture = line.partition("arch = ")[2].strip()
+        elif "Function : " in line:
+            symbol = line.partition("Function : ")[2].strip()
+            function = counts.setdefault((architecture, symbol), collections.Counter())
+            code = codes.setdefault((architecture, symbol), [])
 
     found = {}
     for line in dump("--dump-resource-usage").splitlines():
@@ -220,7 +223,7 @@ def following_ones(code: list[tuple[int, str]]) -> list[list[int]]:
     def of(i: int) -> list[int]:
         text = code[i][1]
         following = [i + 1] if i + 1 < len(code) else []
-        if match := re.match(r"(@!?U?P\w+ )?(?:EXIT|RET|BRA)\b.*?(0x[0-9a-f]+)?$", text):
+        if any(name in text for name in ("EXIT", "RET", "BRA")) and (match := JUMP.match(text)):
             target = [index[int(match[2], 16)]] if match[2] else []
             return target + (following if match[1] or "DIV" in text else [])
         return following
