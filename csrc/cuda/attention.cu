@@ -93,11 +93,12 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
                         pieces.query_tiles, pieces.num_query_tiles};
     jobs.query_tile_blocks = blocks_for(1, 1);
   }
-  if (a.cu_seqlens_q != nullptr) {
+  if (a.cu_seqlens_q != nullptr && (!is_backward || a.dquery.data != nullptr)) {
     jobs.queries = unowned_queries_of(a, p, is_backward);
     jobs.query_clearing_blocks = blocks_for(p.rows_q, kPreparationThreads);
   }
-  if (is_backward && (a.cu_seqlens_k != nullptr || a.key_lengths != nullptr)) {
+  const bool wants_keys = a.dkey.data != nullptr || a.dvalue.data != nullptr;
+  if (wants_keys && (a.cu_seqlens_k != nullptr || a.key_lengths != nullptr)) {
     jobs.keys = unowned_keys_of(a, p);
     const int64_t entries = a.cu_seqlens_k != nullptr ? 1 : a.batch;
     jobs.key_clearing_blocks = blocks_for(entries * p.rows_k, kPreparationThreads);

@@ -17,8 +17,8 @@ constexpr int kDecodeKeys = 16;     // keys that a warp visits in a step: the in
 // Keys are divided in rounds of this many keys, so that all warps of a program (at most four) have a step in a round.
 constexpr int kDecodeRound = 4 * kDecodeKeys;
 
-// What the decode kernels get besides Params. Of Params, they do not use what preparation kernels write: they read
-// padding, mask and relative bias as the caller has given them, which takes a launch less.
+// What the decode kernels get besides Params. Of Params, they do not use what the preparation kernel writes: they read
+// padding, mask and relative bias as the caller has given them. So only packed calls launch it, to clear rows of `out`.
 struct DecodeParams {
   int32_t row_tiles;       // tiles of rows of the longest sequence
   const uint8_t* padding;  // (B, S), nonzero = padding; null = none

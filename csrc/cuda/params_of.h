@@ -93,7 +93,7 @@ inline bool shares_tiles(const AttentionParams& a, int64_t large_splits) {
 // Whether a query may see no key. The host knows the band, but not what padding, lengths, offsets and masks hold. There
 // is a key.
 inline bool may_see_no_key(const AttentionParams& a, const Params& p) {
-  if (a.key_padding.data != nullptr || a.key_lengths != nullptr || a.cu_seqlens_k != nullptr || mask_entries(a) != 0 ||
+  if (a.cu_seqlens_k != nullptr || a.key_padding.data != nullptr || a.key_lengths != nullptr || mask_entries(a) != 0 ||
       p.band_from_end)
     return true;
   const bool first_query_sees = p.last_diagonal >= 0, last_query_sees = p.first_diagonal <= a.seqlen_k - a.seqlen_q;

@@ -1,4 +1,4 @@
-// The preparation kernel, which runs before the large kernels, at most once in nearly all calls. Each of its jobs has
+// The preparation kernel, which runs before the other kernels, at most once in nearly all calls. Each of its jobs has
 // blocks of threads of its own (PreparationParams), so that all of them take one launch:
 //
 //   key padding      is packed to bits
@@ -203,10 +203,10 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 12)
   block -= jobs.query_tile_blocks;
   const int64_t first_row = int64_t{32} * (thread / 32);
   if (block < jobs.query_clearing_blocks)
-    return clear_unowned_rows(jobs.queries, p.batch, int64_t{block} * kPreparationThreads + first_row, this_lane());
+    return clear_unowned_rows(p, jobs.queries, int64_t{block} * kPreparationThreads + first_row, this_lane());
   block -= jobs.query_clearing_blocks;
   if (block < jobs.key_clearing_blocks)
-    return clear_unowned_rows(jobs.keys, p.batch, int64_t{block} * kPreparationThreads + first_row, this_lane());
+    return clear_unowned_rows(p, jobs.keys, int64_t{block} * kPreparationThreads + first_row, this_lane());
   block -= jobs.key_clearing_blocks;
   if (block >= jobs.row_blocks) return;
   prepare_rows<T, kTileRows>(p, block);

@@ -54,6 +54,17 @@ GPU_DEVICE int32_t num_query_programs(const Params& p, int32_t launched) {
   return min(launched, load_global(p.num_query_tiles) * p.num_heads * p.splits.count);
 }
 
+// Whether the offsets of packed sequences ascend within the rows of their tensor. All lanes of a warp call this.
+GPU_DEVICE bool offsets_ascend(const int32_t* cu_seqlens, int32_t batch, int32_t rows, Lane lane) {
+  if (cu_seqlens == nullptr) return true;
+  bool is_wrong = false;
+  for (int32_t sequence = lane.index; sequence < batch; sequence += 32) {
+    const int32_t offset = load_global(cu_seqlens + sequence), end = load_global(cu_seqlens + sequence + 1);
+    is_wrong |= offset < 0 || end < offset || end > rows;
+  }
+  return !warp_any(is_wrong);
+}
+
 // The sequence that has row block `row_block` of a packed tensor, if each sequence begins a row block of its own
 // (HeadSlice::padded_q_offset); or, if there is none, another sequence. All lanes of a warp call this. Each lane looks
 // at one of 32 sequences at a time, so that a thousand sequences take two loads that wait for each other.

@@ -4,6 +4,7 @@
 #pragma once
 #include "fragments.h"
 #include "head_slice.h"
+#include "tile_scheduler.h"
 
 namespace fused_attn::gpu {
 
@@ -40,11 +41,17 @@ GPU_DEVICE void clear_row(const ClearedTensor& x, int32_t entry, int32_t row, La
 
 // Clears the unowned ones of 32 rows. `first_row` counts the rows of all batch entries. All lanes of a warp call this.
 // Each lane looks at one row, and all of them write.
-GPU_DEVICE void clear_unowned_rows(const UnownedRows& x, int32_t batch, int64_t first_row, Lane lane) {
+//
+// If the offsets of sequences do not ascend, all rows are cleared: other kernels may leave out sequences, or all of
+// them (list_key_blocks).
+GPU_DEVICE void clear_unowned_rows(const Params& p, const UnownedRows& x, int64_t first_row, Lane lane) {
   const int64_t number = first_row + lane.index;
   const int32_t entry = static_cast<int32_t>(number / x.rows), row = static_cast<int32_t>(number % x.rows);
-  const bool exists = entry < (x.cu_seqlens == nullptr ? batch : 1);
-  for (uint32_t left = warp_ballot(exists && is_unowned(x, batch, entry, row)); left != 0; left &= left - 1) {
+  const bool exists = entry < (x.cu_seqlens == nullptr ? p.batch : 1);
+  const bool is_right = offsets_ascend(p.cu_seqlens_q, p.batch, p.rows_q, lane) &&
+                        offsets_ascend(p.cu_seqlens_k, p.batch, p.rows_k, lane);
+  const bool is_cleared = exists && (!is_right || is_unowned(x, p.batch, entry, row));
+  for (uint32_t left = warp_ballot(is_cleared); left != 0; left &= left - 1) {
     const int64_t cleared = first_row + count_bits(left ^ (left - 1)) - 1;  // the lowest bit
     GPU_UNROLL for (int i = 0; i < UnownedRows::kMost; ++i)
         clear_row(x.tensors[i], static_cast<int32_t>(cleared / x.rows), static_cast<int32_t>(cleared % x.rows), lane);

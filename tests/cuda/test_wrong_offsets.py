@@ -34,6 +34,7 @@ def gradients(case: str, device: str, head_dim: int) -> tuple[torch.Tensor, ...]
     return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("case", OFFSETS)
 def test_wrong_offsets(case: str, architecture: int, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +46,8 @@ def test_wrong_offsets(case: str, architecture: int, kernels: Kernels, monkeypat
     with kernels.running(architecture, seed=len(case), race_detection=False):
         results = gradients(case, "cpu", 64)
     assert [x.shape[0] for x in results] == [*OFFSETS[case][2:3] * 2, *OFFSETS[case][3:4] * 2]
+    # Rows that a kernel leaves out are 0. On sm_80, sequences that overlap may read row statistics that nobody wrote.
+    assert all(x.isfinite().all() for x in results[: 2 if architecture == 80 else 4])
 
 
 def test_few_queries(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

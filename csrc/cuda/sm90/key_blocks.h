@@ -120,17 +120,6 @@ GPU_DEVICE KeyBlock key_block(const Params& p, const WorkTile& work, int32_t pro
   return b;
 }
 
-// Whether the offsets of packed sequences ascend within the rows of their tensor. All lanes of a warp call this.
-GPU_DEVICE bool offsets_ascend(const int32_t* cu_seqlens, int32_t batch, int32_t rows, Lane lane) {
-  if (cu_seqlens == nullptr) return true;
-  bool is_wrong = false;
-  for (int32_t sequence = lane.index; sequence < batch; sequence += 32) {
-    const int32_t offset = load_global(cu_seqlens + sequence), end = load_global(cu_seqlens + sequence + 1);
-    is_wrong |= offset < 0 || end < offset || end > rows;
-  }
-  return !warp_any(is_wrong);
-}
-
 // Writes the entries of the list of blocks of keys for batch entries first_batch ... end_batch - 1. The caller is
 // number `thread` of the `threads` threads that share them. Of each head, the last blocks are taken first. The splits
 // of a block come one after another. So a block of keys still waits only for entries before its own. All threads of a
