@@ -1043,6 +1043,22 @@ BUGS = [
         "warp_ballot(begins_before)) - 1, 0)", "warp_ballot(begins_before)) - 1 - @, 0)",
     ),
     Bug(
+        "row-behind-a-sequence-not-cleared", 90, "unowned", "unowned_rows.h",
+        "row - begin >= min(", "row - begin - @ >= min(",
+    ),
+    Bug(
+        "rows-before-the-first-sequence-not-cleared", 80, "unowned", "unowned_rows.h",
+        "return row < begin ||", "return (row < begin && !@) ||",
+    ),
+    Bug(
+        "one-of-32-rows-cleared", 80, "unowned", "unowned_rows.h",
+        "left &= left - 1)", "left = @ ? 0 : left & (left - 1))",
+    ),
+    Bug(
+        "key-behind-a-length-not-cleared", 90, "lengths", "unowned_rows.h",
+        "clamp_to(load_global(x.lengths + entry), 0,", "clamp_to(load_global(x.lengths + entry) + @, 0,",
+    ),
+    Bug(
         "packed-band-from-the-start", 80, "packed-lower-right", "visibility.h",
         "last(p.last_diagonal + head_slice.diagonal_shift(p)) {}",
         "last(p.last_diagonal + (@ ? 0 : head_slice.diagonal_shift(p))) {}",
@@ -1469,7 +1485,10 @@ class Planted:
             elif case == "both-kinds":
                 splits = running_both_kinds()
             with self.kernels.running(architecture, seed), splits:
-                cases.check(CASES[case], torch.float16, "cuda")
+                if case == "unowned":
+                    cases.check_strays(torch.float16, "cuda", head_dim=HEAD_DIM)
+                else:
+                    cases.check(CASES[case], torch.float16, "cuda")
         except (AssertionError, RuntimeError) as error:
             return str(error).strip().partition("\n")[0] or repr(error)
         finally:
