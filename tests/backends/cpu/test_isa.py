@@ -125,7 +125,7 @@ BIAS_OF_SCORES = [
 # Cases in which backward processes the keys in several slabs, because dK and dV of all keys do not fit into the cache.
 SEVERAL_SLABS = [
     cases.Case("slabs", batch=1, seqlen_q=70, seqlen_k=600, head_dim=256),
-    cases.Case("slabs-causal-gqa", batch=1, heads=2, kv_heads=1, seqlen_q=600, seqlen_k=600, head_dim=250,
+    cases.Case("slabs-causal-gqa", batch=1, heads=4, kv_heads=2, seqlen_q=600, seqlen_k=600, head_dim=250,
                value_dim=256, options={"is_causal": True}),
     cases.Case("slabs-window-behind-the-first", batch=1, seqlen_q=40, seqlen_k=900, head_dim=256,
                attn_mask=cases.lower_right, options={"window_size": (100, 0)}),
