@@ -26,7 +26,8 @@
 namespace fused_attn::gpu {
 namespace {
 
-// A tensor of `heads` heads, whose rows may be cleared: `columns` 16-bit numbers, or one float.
+// A tensor of `heads` heads, whose rows may be cleared: `columns` 16-bit numbers, which are a multiple of 8, or one
+// float.
 ClearedTensor cleared(const TensorView& x, int64_t heads, int64_t columns) {
   if (x.data == nullptr) return {};
   constexpr uint32_t kMinusInfinity = 0xff800000;
