@@ -47,13 +47,15 @@ STACK_BYTES = 8 << 20
 
 def build(cache: Path) -> tuple[Path, Path]:
     """The program for ARM, and the module for this process. Both are in ``cache`` if an earlier run has made them."""
-    compiler = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl"]
-    program = _made(
-        cache,
-        "arm_kernels",
-        [*compiler, "-static", "-nostartfiles", f"-Wl,--image-base={IMAGE_BASE:#x},--entry=finished", "-O3", *FLAGS],
-        [FOLDER / "arm_kernels.cpp", CSRC / "cpu/kernels_baseline.cpp"],
-    )
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target"]
+    sources = [FOLDER / "arm_kernels.cpp", CSRC / "cpu/kernels_baseline.cpp"]
+    objects = [
+        _made(cache, f"{source.stem}.o", [*zig, "aarch64-linux-musl", "-c", "-O3", *FLAGS], [source])
+        for source in sources
+    ]
+    # Without an operating system, there are no libraries but that of the compiler, which has `memcpy` and `exp`.
+    place = [f"-Wl,--image-base={IMAGE_BASE:#x},--entry=finished"]
+    program = _made(cache, "arm_kernels", [*zig, "aarch64-freestanding-none", "-static", *place], objects)
     build_info = (
         'FUSED_ATTN_INTERFACE=""',
         'FUSED_ATTN_SETTINGS=""',
