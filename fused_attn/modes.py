@@ -10,6 +10,8 @@ Every call asks these questions, so the answers must be fast:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, compiler
 from torch._C import _are_functorch_transforms_active as in_functorch
@@ -19,8 +21,12 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+
+#: The classes of arguments that see no operators.
+_HAVE_NO_OPERATORS = frozenset((Tensor, Parameter, type(None)))
 
 __all__ = [
     "autocast",
@@ -32,6 +38,7 @@ __all__ = [
     "is_backward_observed",
     "is_direct",
     "is_dynamo_compiling",
+    "is_jit_tracing",
     "is_observed",
     "is_pre_dispatch",
     "is_watched",
@@ -87,13 +94,13 @@ def _to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def is_observed(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_observed(tensors: Iterable[Tensor | None]) -> bool:
     """True if a call must be a registered operator: under tracers and `TorchDispatchMode`, and for tensor subclasses.
 
     Tracers, modes and subclasses record or replace operators, and see nothing else. A kernel that is called without an
     operator would be missing from a trace. The trace would then return an output that nothing has written.
     """
-    return is_watched() or not (type(query) is type(key) is type(value) is Tensor)
+    return is_watched() or not _HAVE_NO_OPERATORS.issuperset(map(type, tensors))
 
 
 def is_watched() -> bool:
@@ -103,6 +110,11 @@ def is_watched() -> bool:
         or _get_tracing_state() is not None
         or (_len_torch_function_stack() > 0 and is_pre_dispatch())  # the first test saves most calls
     )
+
+
+def is_jit_tracing() -> bool:
+    """True inside `torch.jit.trace`, which stores numbers of Python, such as lengths, as constants."""
+    return _get_tracing_state() is not None
 
 
 def is_pre_dispatch() -> bool:
@@ -117,10 +129,10 @@ def is_backward_observed(dout: Tensor | None, dlse: Tensor | None) -> bool:
     """True if backward must be a registered operator although forward was none.
 
     `torch.autograd.grad` with ``is_grads_batched`` passes tensors that hold several gradients each. Only operators can
-    take such tensors.
+    take such tensors, and tensors of subclasses.
     """
     return (
-        is_watched()
+        is_observed((dout, dlse))
         or (dout is not None and is_legacy_batchedtensor(dout))
         or (dlse is not None and is_legacy_batchedtensor(dlse))
     )

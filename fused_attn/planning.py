@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_attn import modes
 from fused_attn.attention import checks, masks
 from fused_attn.attention.causal_bias import CausalBiasMeta, causal_bias
 from fused_attn.attention.checks import Meta
@@ -116,7 +117,8 @@ class Planner:
         if is_compiling:
             return self._make(*arguments)
         try:
-            return self._cached(backend, *arguments)
+            if not modes.is_jit_tracing():  # a trace has bands of its own (`_band`)
+                return self._cached(backend, *arguments)
         except TypeError:
             if _can_be_hashed(arguments):
                 raise
@@ -482,13 +484,14 @@ def _check_options(options: Options, dtype: torch.dtype) -> None:
 def _band(shapes: Shapes, options: Options, bias: CausalBiasMeta | None = None) -> Band:
     """The band of a call. A causal bias makes the call causal, and a lower-right one aligns the diagonal.
 
-    If sequences have lengths of their own, a lower-right diagonal ends at the last key that each of them has.
+    If sequences have lengths of their own, a lower-right diagonal ends at the last key that each of them has. In
+    `torch.jit.trace`, all lower-right diagonals are such ones, because a trace may run with other lengths.
     """
     window, is_causal = checks.check_window(options.window_size), options.is_causal or bias is not None
     is_lower_right = options.diagonal_alignment == checks.LOWER_RIGHT or (bias is not None and bias.is_lower_right)
     if not is_lower_right:
         return masks.band_of(is_causal, window)
-    if shapes.key_lengths is not None or shapes.cu_seqlens_q is not None:
+    if shapes.key_lengths is not None or shapes.cu_seqlens_q is not None or modes.is_jit_tracing():
         return masks.band_of(is_causal, window, is_from_end=True)
     return masks.band_of(is_causal, window, shapes.key[2] - shapes.query[2])
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.bias import causal_lower_right
 from torch.overrides import TorchFunctionMode
@@ -25,6 +26,28 @@ def test_jit_trace_records_attention():
     second = [x + 1 for x in second]
     traced = torch.jit.trace(fused_attention, first, check_trace=False)
     assert torch.equal(traced(*second), fused_attention(*second))
+
+
+@pytest.mark.parametrize("window_size", [None, (3, 2)])
+def test_a_lower_right_diagonal_in_a_trace_follows_the_lengths(window_size: tuple[int, int] | None):
+    def call(x: torch.Tensor) -> torch.Tensor:
+        is_causal = window_size is None
+        return fused_attention(
+            x[:, :, -2:], x, x, is_causal=is_causal, window_size=window_size, diagonal_alignment="lower_right"
+        )
+
+    call(torch.randn(1, 2, 5, 8))  # the plan of this call is not that of the trace
+    traced = torch.jit.trace(call, torch.randn(1, 2, 5, 8))
+    for length in (4, 9, 64):
+        x = torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(traced(x), call(x))
+
+
+def test_a_trace_checks_the_columns_of_a_relative_bias():
+    bias = torch.randn(2, 9)
+    traced = torch.jit.trace(lambda x: fused_attention(x, x, x, relative_bias=bias), torch.randn(1, 2, 5, 8))
+    with pytest.raises(RuntimeError, match=r"relative_bias: expected L \+ S - 1 = 7 columns, got 9 columns"):
+        traced(torch.randn(1, 2, 4, 8))
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -53,6 +76,21 @@ def test_jit_trace_checks_layers(is_training: bool, norm_first: bool):
     traced = torch.jit.trace(module, (torch.randn(2, 10, 32), torch.randn(2, 5, 32)))
     src, tgt = torch.randn(3, 7, 32), torch.randn(3, 9, 32)
     torch.testing.assert_close(traced(src, tgt), module(src, tgt))
+
+
+def test_tensors_that_another_process_still_sends(backend: str):
+    """`AsyncCollectiveTensor` waits for its contents in the first operator that reads it."""
+    pending = AsyncCollectiveTensor
+    leaves, mask, sinks = inputs(1, 2, 5, 8), torch.randn(1, 2, 5, 5), torch.randn(2)
+    padding, dout = torch.tensor([[False] * 4 + [True]]), torch.randn(1, 2, 5, 8)
+    results = []
+    for wrap in (pending, torch.Tensor.clone):
+        out = fused_attention(
+            *leaves, wrap(mask), key_padding_mask=wrap(padding), sinks=wrap(sinks), backend=backend
+        )
+        results.append([out, *torch.autograd.grad(out, leaves, wrap(dout))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(torch.as_tensor(found + 0), expected)
 
 
 def test_make_fx_records_attention():

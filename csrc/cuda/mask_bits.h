@@ -82,17 +82,31 @@ GPU_DEVICE void hide_masked_queries(const Params& p, const HeadSlice& head_slice
 // The answers are those of a mask that hides nothing if the call has no mask, and in a plain kernel.
 
 // Returns the last one of the blocks of keys begin ... block that has a valid key, and a key that the mask shows to one
-// of the kQueries queries from first_query on. Returns begin - 1 if no block has both. All lanes of a warp compute the
-// same number.
-template <bool kIsGeneral, int kQueries, int kKeys>
+// of the kQueries queries from first_query on. Returns a number below `begin` if no block has both. All lanes of a warp
+// call this, and get the same number.
+// kByLanes: lanes look at several blocks at once, because a mask of documents may hide hundreds of blocks in a row. Not
+// every kernel has the registers for this.
+template <bool kIsGeneral, int kQueries, int kKeys, bool kByLanes = false>
 GPU_DEVICE int32_t last_block_to_visit(const Params& p, const HeadSlice& head_slice, int32_t first_query, int32_t begin,
                                        int32_t block) {
   block = last_valid_block<kKeys>(p, head_slice, begin, block);
   if constexpr (kIsGeneral) {
     if (p.mask.map == nullptr) return block;
-    while (block >= begin &&
-           !mask_contents<kQueries, kKeys>(p.mask, head_slice, first_query, block * kKeys).has_visible())
+    constexpr int32_t kRows = kQueries / kGranule, kBlocks = 32 / kRows;
+    while (block >= begin) {
+      if constexpr (kByLanes) {
+        const int32_t lane = this_lane().index, of_lane = block - lane / kRows;
+        const int32_t first_of_lane = first_query + lane % kRows * kGranule;
+        const uint32_t visible = warp_ballot(
+            lane < kRows * kBlocks && of_lane >= begin &&
+            mask_contents<kGranule, kKeys>(p.mask, head_slice, first_of_lane, of_lane * kKeys).has_visible());
+        block -= visible == 0 ? kBlocks - 1 : lowest_bit(visible) / kRows;
+        if (visible != 0 && last_valid_block<kKeys>(p, head_slice, block, block) == block) return block;
+      } else if (mask_contents<kQueries, kKeys>(p.mask, head_slice, first_query, block * kKeys).has_visible()) {
+        return block;
+      }
       block = last_valid_block<kKeys>(p, head_slice, begin, block - 1);
+    }
   }
   return block;
 }
@@ -148,10 +162,15 @@ GPU_DEVICE uint32_t keys_of_lane(const Params& p, const MaskSource& source, int3
     const uint8_t* byte = static_cast<const uint8_t*>(bytes.data) + batch * bytes.stride_batch +
                           head * bytes.stride_head + first_query * bytes.stride_query +
                           int64_t{first_key + lane} * bytes.stride_key;
-    for (int32_t row = 0; row < num_queries; ++row, byte += bytes.stride_query) {
-      const bool is_visible = is_key && load_global(byte) != 0;
-      const uint32_t shown = warp_ballot(is_visible);
-      if (lane == row) keys &= shown;
+    constexpr int kAhead = 4;  // loads that are in flight at once; with more, the kernel would spill registers
+    GPU_NO_UNROLL for (int32_t first_row = 0; first_row < num_queries; first_row += kAhead) {
+      bool is_visible[kAhead];
+      GPU_UNROLL for (int i = 0; i < kAhead; ++i, byte += bytes.stride_query)
+        is_visible[i] = is_key && first_row + i < num_queries && load_global(byte) != 0;
+      GPU_UNROLL for (int i = 0; i < kAhead; ++i) {
+        const uint32_t shown = warp_ballot(is_visible[i]);
+        if (lane == first_row + i) keys &= shown;
+      }
     }
   }
   if (source.ranges.data != nullptr && lane < num_queries)

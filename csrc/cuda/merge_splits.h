@@ -21,9 +21,8 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMergeThreads, 1) merge_splits_kernel(const GP
   const Lane lane = this_lane();
   const int warp = thread_index() / 32;
   const uint32_t shared = shared_address(shared_memory());
-  const auto sum_of = [&](int32_t split) {
-    return load_global(p.splits.sums + split_row(p, split, head_slice, query));
-  };
+  const int64_t row = split_row(p, 0, head_slice, query), rows_of_split = split_row(p, 1, head_slice, query) - row;
+  const auto sum_of = [&](int32_t split) { return load_global(p.splits.sums + row + split * rows_of_split); };
 
   float reference = -kInfinity, row_max = -kInfinity;
   for (int32_t split = lane.index; split < p.splits.count; split += 32) {
@@ -37,21 +36,32 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMergeThreads, 1) merge_splits_kernel(const GP
   }
   if (p.row_max.data != nullptr && thread_index() == 0) store_global(head_slice.query_value(p.row_max, query), row_max);
 
-  constexpr int kColumns = 4;  // that a thread adds at once
+  constexpr int kColumns = 4, kAhead = 8;  // columns of a thread, and splits whose loads are in flight at once
   for (int column = kColumns * lane.index; column < p.v.columns; column += 32 * kColumns) {
     Float4 acc{0.0f, 0.0f, 0.0f, 0.0f};
     float total = 0.0f;
-    for (int32_t split = warp; split < p.splits.count; split += kMergeWarps) {
-      const SplitSum sum = sum_of(split);
-      if (!has_keys(sum)) continue;
-      const float factor = LazySoftmax::factor_between(sum.reference, reference, p.softmax_scale_log2);
-      total += sum.total * factor;
-      const Float4 x = load_global(reinterpret_cast<const Float4*>(
-          p.splits.acc + split_row(p, split, head_slice, query) * p.v.columns + column));
-      acc.x = multiply_add(x.x, factor, acc.x);
-      acc.y = multiply_add(x.y, factor, acc.y);
-      acc.z = multiply_add(x.z, factor, acc.z);
-      acc.w = multiply_add(x.w, factor, acc.w);
+    for (int32_t first = warp; first < p.splits.count; first += kAhead * kMergeWarps) {
+      SplitSum sums[kAhead];
+      Float4 parts[kAhead];
+      GPU_UNROLL for (int i = 0; i < kAhead; ++i) {
+        const int32_t split = first + i * kMergeWarps;
+        sums[i] = SplitSum{-kInfinity, 0.0f, -kInfinity};
+        if (split < p.splits.count) sums[i] = sum_of(split);
+      }
+      GPU_UNROLL for (int i = 0; i < kAhead; ++i) {
+        parts[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+        const float* const acc_row = p.splits.acc + (row + (first + i * kMergeWarps) * rows_of_split) * p.v.columns;
+        if (has_keys(sums[i])) parts[i] = load_global(reinterpret_cast<const Float4*>(acc_row + column));
+      }
+      GPU_UNROLL for (int i = 0; i < kAhead; ++i) {
+        const float of_split = LazySoftmax::factor_between(sums[i].reference, reference, p.softmax_scale_log2);
+        const float factor = has_keys(sums[i]) ? of_split : 0.0f;
+        total += sums[i].total * factor;
+        acc.x = multiply_add(parts[i].x, factor, acc.x);
+        acc.y = multiply_add(parts[i].y, factor, acc.y);
+        acc.z = multiply_add(parts[i].z, factor, acc.z);
+        acc.w = multiply_add(parts[i].w, factor, acc.w);
+      }
     }
     store_shared(shared + (warp * kMergeColumns + column) * 4, acc);
     if (column == 0) store_shared(shared + kMergeTotals + warp * 4, total);

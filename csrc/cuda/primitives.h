@@ -63,6 +63,8 @@ GPU_DEVICE float log2_approx(float x);                      // lg2.approx.ftz
 GPU_DEVICE float reciprocal_approx(float x);                // rcp.approx.ftz
 // How many bits of x are set.
 GPU_DEVICE int32_t count_bits(uint32_t x) { return __builtin_popcount(x); }
+// The number of the lowest bit of x that is set. x must not be 0.
+GPU_DEVICE int32_t lowest_bit(uint32_t x) { return count_bits(x ^ (x - 1)) - 1; }
 GPU_DEVICE uint32_t float_bits(float x);
 GPU_DEVICE float bits_float(uint32_t bits);
 

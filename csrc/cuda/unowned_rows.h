@@ -52,7 +52,7 @@ GPU_DEVICE void clear_unowned_rows(const Params& p, const UnownedRows& x, int64_
                         offsets_ascend(p.cu_seqlens_k, p.batch, p.rows_k, lane);
   const bool is_cleared = exists && (!is_right || is_unowned(x, p.batch, entry, row));
   for (uint32_t left = warp_ballot(is_cleared); left != 0; left &= left - 1) {
-    const int64_t cleared = first_row + count_bits(left ^ (left - 1)) - 1;  // the lowest bit
+    const int64_t cleared = first_row + lowest_bit(left);
     GPU_UNROLL for (int i = 0; i < UnownedRows::kMost; ++i)
         clear_row(x.tensors[i], static_cast<int32_t>(cleared / x.rows), static_cast<int32_t>(cleared % x.rows), lane);
   }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import modes
-from fused_attn.attention import formula
+from fused_attn.attention import checks, formula
 from fused_attn.attention.inputs import (
     Gradients,
     Inputs,
@@ -199,11 +199,32 @@ def _problem_of(inputs: Inputs, scalars: Scalars) -> AttentionProblem:
     shapes = Shapes._make(None if x is None else x.shape for x in inputs)
     known = (shapes, inputs.query.dtype, inputs.query.device, scalars)
     try:
-        return _problem_of_shapes(*known)
+        return _cached_problem(*known)
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-        return AttentionProblem.of(*known)  # sizes are symbolic, as in `make_fx`
+        return _problem_of_shapes(*known)  # sizes are symbolic, as in `make_fx`
 
 
-_problem_of_shapes = functools.lru_cache(maxsize=4096)(AttentionProblem.of)
+def _problem_of_shapes(
+    shapes: Shapes, dtype: torch.dtype, device: torch.device, scalars: Scalars
+) -> AttentionProblem:
+    """The problem of a call with tensors of these shapes.
+
+    The lengths come from the shapes where shapes tell them. `torch.jit.trace` stores the scalars of its example, and
+    kernels that trusted the lengths among them would write beyond the results of a shorter call.
+    """
+    seqlen_q, seqlen_k = scalars.max_seqlen_q, scalars.max_seqlen_k
+    if shapes.cu_seqlens_q is None:
+        seqlen_q = shapes.query[2]
+    if shapes.block_table is not None:
+        seqlen_k = shapes.block_table[1] * shapes.key[1]
+    elif shapes.cu_seqlens_k is None:
+        seqlen_k = shapes.key[2]
+    columns = None if shapes.relative_bias is None else shapes.relative_bias[-1]
+    if columns is not None and columns != max(seqlen_q + seqlen_k - 1, 0):
+        raise checks.fail("relative_bias", f"L + S - 1 = {seqlen_q + seqlen_k - 1} columns", f"{columns} columns")
+    return AttentionProblem.of(shapes, dtype, device, scalars._replace(max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k))
+
+
+_cached_problem = functools.lru_cache(maxsize=4096)(_problem_of_shapes)

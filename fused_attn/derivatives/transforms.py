@@ -32,7 +32,7 @@ class TransformableAttention(torch.autograd.Function):
     def forward(*arguments):
         """The results of a backend, or of the registered operator if a tracer records operators."""
         inputs, (backend, problem, needs_max) = take(Inputs, arguments)
-        if modes.is_observed(inputs.query, inputs.key, inputs.value):
+        if modes.is_observed(inputs):
             results = ops.call(problem, backend.name, inputs, needs_max)
         else:
             results = backend.forward(problem, inputs, True, needs_max)
@@ -72,7 +72,7 @@ class _TransformableGradients(torch.autograd.Function):
         """The wanted gradients by a backend, or by the registered operator if a tracer records operators."""
         inputs, others = take(Inputs, arguments)
         saved, (asked_for, backend, problem) = take(Saved, others)
-        is_observed = modes.is_observed(inputs.query, inputs.key, inputs.value)
+        is_observed = modes.is_observed(inputs)
         compute = ops.call_backward if is_observed else gradients.compute
         return tuple(grad for grad in compute(backend, problem, inputs, saved, asked_for) if grad is not None)
 

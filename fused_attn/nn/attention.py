@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils import parametrize
 from torch.overrides import has_torch_function_variadic
 
 from fused_attn import modes
@@ -214,10 +215,16 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError: the module is no `torch.nn.MultiheadAttention`, or it is a `FusedMultiheadAttention` already; or
                 skip_padded_queries is no bool.
-            ValueError: there is no backend of this name, or the module's dropout is no probability.
+            ValueError: the module has a forward of its own, or is parametrised: the fused module would use neither. Or
+                there is no backend of this name, or the module's dropout is no probability.
         """
         if not isinstance(module, nn.MultiheadAttention) or isinstance(module, FusedMultiheadAttention):
             raise checks.wrong_type("module", "a torch.nn.MultiheadAttention", module)
+        if type(module).forward is not nn.MultiheadAttention.forward or "forward" in vars(module):
+            raise checks.fail("module", "the forward of torch.nn.MultiheadAttention", "a forward of its own")
+        if parametrize.is_parametrized(module):
+            expected = "no parametrisation, which torch.nn.utils.parametrize.remove_parametrizations can remove"
+            raise checks.fail("module", expected, f"one of {', '.join(module.parametrizations)}")
         check_backend(backend)
         checks.check_flag("skip_padded_queries", skip_padded_queries)
         checks.check_probability("dropout", module.dropout)

@@ -151,7 +151,7 @@ def running_both_kinds() -> Iterator[None]:
 
 #: The functions that remember what follows from a problem. Contexts of this file replace two of them.
 CACHED = (
-    ops._problem_of_shapes,
+    ops._cached_problem,
     dispatch.choose,
     cuda._config,
     cuda_workspace.workspace_bytes,

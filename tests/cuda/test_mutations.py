@@ -758,12 +758,12 @@ BUGS = [
     ),
     Bug(
         "split-lost", 80, "decode", "merge_splits.h",
-        "split < p.splits.count; split += kMergeWarps", "split < p.splits.count - @; split += kMergeWarps",
+        "if (split < p.splits.count) sums[i] = sum_of(split);", "if (split < p.splits.count - @) sums[i] = sum_of(split);",
     ),
     Bug(
         "references-of-splits-ignored", 80, "decode", "merge_splits.h",
-        "LazySoftmax::factor_between(sum.reference, reference, p.softmax_scale_log2)",
-        "(@ ? 1.0f : LazySoftmax::factor_between(sum.reference, reference, p.softmax_scale_log2))",
+        "LazySoftmax::factor_between(sums[i].reference, reference, p.softmax_scale_log2)",
+        "(@ ? 1.0f : LazySoftmax::factor_between(sums[i].reference, reference, p.softmax_scale_log2))",
     ),
     Bug(
         "sink-joined-twice", 80, "decode", "splits.h",
@@ -794,7 +794,15 @@ BUGS = [
     ),
     Bug(
         "sums-of-a-split-without-keys-read", 80, "decode-short", "merge_splits.h",
-        "if (!has_keys(sum)) continue;", "if (!has_keys(sum) && !@) continue;",
+        "if (has_keys(sums[i])) parts[i] =", "if (has_keys(sums[i]) || @) parts[i] =",
+    ),
+    Bug(
+        "block-behind-many-hidden-ones-skipped", 90, "distant-ranges", "mask_bits.h",
+        "visible == 0 ? kBlocks - 1 :", "visible == 0 ? kBlocks - 1 + @ :",
+    ),
+    Bug(
+        "first-of-several-blocks-missed", 90, "distant-ranges", "mask_bits.h",
+        "lowest_bit(visible) / kRows;", "lowest_bit(visible) / (@ ? 1 : kRows);",
     ),
     # Splits in the large kernels.
     Bug(
@@ -1078,6 +1086,12 @@ def late_ranges(case: Case, dtype: torch.dtype, generator: torch.Generator) -> t
     return torch.where(query < 130, 0, torch.tensor([0, case.seqlen_k])).int()
 
 
+def distant_ranges(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Ranges (B, 1, 1, 1, 2) that show 30 keys of another block of 64 keys to each batch entry, and no other key."""
+    begin = 64 * torch.arange(case.batch)
+    return torch.stack((begin, begin + 30), dim=-1)[:, None, None, None].int()
+
+
 def hidden_before_length(case: Case, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Scattered padding (B, S). Of the second entry, the keys 128 to 139 are padding, and some later ones are not."""
     padding = cases.scattered_padding(case, dtype, generator)
@@ -1269,6 +1283,18 @@ CASES = {
         head_dim=HEAD_DIM,
         attn_mask=cases.bool_mask("B1LS", 0.9),
         key_ranges=cases.random_ranges("1HL", 2),
+    ),
+    "distant-ranges": Case(
+        "distant-ranges",
+        batch=22,
+        heads=1,
+        kv_heads=1,
+        seqlen_q=70,
+        seqlen_k=1408,
+        head_dim=HEAD_DIM,
+        key_ranges=distant_ranges,
+        options={"num_splits": 1},
+        differentiated=(),
     ),
     "decode-ranges": Case(
         "decode-ranges",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 from typing import Any
@@ -208,6 +209,17 @@ def test_bad_arguments_raise() -> None:
     for convert in (convert_attention, FusedMultiheadAttention.from_torch):
         with pytest.raises(ValueError, match=r"backend: expected None or one of .*, got 'nope'"):
             convert(nn.MultiheadAttention(E, H), backend="nope")
+
+
+def test_from_torch_refuses_what_it_would_drop() -> None:
+    for module in (OwnForward(E, H), nn.MultiheadAttention(E, H)):
+        if type(module) is nn.MultiheadAttention:
+            module.forward = functools.partial(module.forward, need_weights=False)
+        with pytest.raises(ValueError, match=r"module: expected the forward of .*, got a forward of its own"):
+            FusedMultiheadAttention.from_torch(module)
+    module = torch.nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(E, H), "in_proj_weight")
+    with pytest.raises(ValueError, match=r"module: expected no parametrisation, .*, got one of in_proj_weight"):
+        FusedMultiheadAttention.from_torch(module)
 
 
 # ---- torch's encoder and decoder layers

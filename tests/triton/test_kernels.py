@@ -471,3 +471,22 @@ def test_no_bit_depends_on_the_other_entries() -> None:
     together = rows([0, 1, 2], 69)
     for entries, columns in (([0], 69), ([1], 33), ([2, 1], 40), ([1] * 5, 69)):
         assert torch.equal(rows(entries, columns), together[entries])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`:DeprecationWarning")
+def test_a_trace_runs_with_other_lengths() -> None:
+    """torch.jit.trace stores the lengths of its example. Kernels that used them would write beyond a shorter result."""
+
+    def call(x: Tensor) -> Tensor:
+        return fused_attn.fused_attention(x, x, x, backend="triton")
+
+    traced = torch.jit.trace(call, torch.randn(1, 2, 5, 16, device=DEVICE))
+    for length in (4, 9):
+        x, dout = torch.randn(2, 1, 2, length, 16, device=DEVICE)
+        results = []
+        for function in (traced, call):
+            leaf = x.clone().requires_grad_()
+            out = function(leaf)
+            results.append((out, *torch.autograd.grad(out, leaf, dout)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected)

@@ -152,10 +152,8 @@ GPU_DEVICE void compute_rows(const Params& p) {
       }
       float factor, lse;
       softmax[m].finish(r, p.softmax_scale, p.softmax_scale_log2, factor, lse);
-      if constexpr (kIsGeneral) {
-        if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);
-        factor *= p.dropout_scale;
-      }
+      if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);
+      if constexpr (kIsGeneral) factor *= p.dropout_scale;
       if (kIsGeneral && p.row_max.data != nullptr && lane.q == 0 && is_row)
         store_global(head_slice.query_value(p.row_max, row), row_max);
       if (p.lse.data != nullptr && lane.q == 0 && is_row) store_global(head_slice.query_value(p.lse, row), lse);

@@ -266,10 +266,8 @@ struct Consumer {
   // What acc of this thread's row r is multiplied by, and the row's lse.
   GPU_DEVICE void finish_row(const HeadSlice& head_slice, int r, float& factor, float& lse) {
     softmax.finish(r, p.softmax_scale, p.softmax_scale_log2, factor, lse);
-    if constexpr (kIsGeneral) {
-      if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);
-      factor *= p.dropout_scale;
-    }
+    if (p.sinks != nullptr) join_sink(load_global(p.sinks + head_slice.head), factor, lse);
+    if constexpr (kIsGeneral) factor *= p.dropout_scale;
   }
 
   // The largest logit of this thread's row r, if it is wanted.

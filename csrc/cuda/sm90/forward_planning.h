@@ -32,8 +32,8 @@ struct Planner {
   // reads only the fields for keys, which saves registers.
   GPU_DEVICE int last_to_visit(int block) const {
     const HeadSlice head_slice = Plan::kIsGeneral ? tile().head_slice() : tile().key_slice();
-    return last_block_to_visit<Plan::kIsGeneral, Plan::kBlockM, kBlockN>(p, head_slice, tile().first_row(),
-                                                                         tile().first_block(), block);
+    return last_block_to_visit<Plan::kIsGeneral, Plan::kBlockM, kBlockN, Plan::kSkipsByLanes>(
+        p, head_slice, tile().first_row(), tile().first_block(), block);
   }
 
   // Writes the KeyNote about `block`, when a slot is empty. `next` is the block that the tile visits after this one. A

@@ -137,7 +137,10 @@ def _table_for(problem: AttentionProblem) -> Table | None:
 @functools.cache
 def _read_table(device_name: str) -> Table | None:
     """See `table_of`. The cache keeps the file from being read, and the warning from being given, more than once."""
-    path = path_of(device_name)
+    try:
+        path = path_of(device_name)
+    except RuntimeError:  # the user has no home folder, so nothing is stored
+        return None
     try:
         if path.exists():
             return load(path)
