@@ -85,9 +85,7 @@ def test_tensors_that_another_process_still_sends(backend: str):
     padding, dout = torch.tensor([[False] * 4 + [True]]), torch.randn(1, 2, 5, 8)
     results = []
     for wrap in (pending, torch.Tensor.clone):
-        out = fused_attention(
-            *leaves, wrap(mask), key_padding_mask=wrap(padding), sinks=wrap(sinks), backend=backend
-        )
+        out = fused_attention(*leaves, wrap(mask), key_padding_mask=wrap(padding), sinks=wrap(sinks), backend=backend)
         results.append([out, *torch.autograd.grad(out, leaves, wrap(dout))])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(torch.as_tensor(found + 0), expected)

@@ -52,9 +52,9 @@ inline LaunchShape forward_shape_of(const Params& p, int block, int threads, int
 }
 
 // Whether backward, or forward, needs a general kernel. Each large kernel is compiled twice. The plain kernel supports
-// key padding, a band and sinks, which join a row once, behind its last key. The general kernel supports all that a call
-// may ask for, as branches that all threads of a block take alike. It is slower than the plain kernel, and needs more
-// registers. row_max and pages need a general kernel in forward only: backward reads no row_max, and pages have no
+// key padding, a band and sinks, which join a row once, behind its last key. The general kernel supports all that a
+// call may ask for, as branches that all threads of a block take alike. It is slower than the plain kernel, and needs
+// more registers. row_max and pages need a general kernel in forward only: backward reads no row_max, and pages have no
 // gradients.
 inline bool is_general_backward(const Params& p) {
   return !p.logits.is_plain || p.mask.map != nullptr || p.dropout_seed != nullptr;

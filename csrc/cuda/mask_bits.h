@@ -165,8 +165,9 @@ GPU_DEVICE uint32_t keys_of_lane(const Params& p, const MaskSource& source, int3
     constexpr int kAhead = 4;  // loads that are in flight at once; with more, the kernel would spill registers
     GPU_NO_UNROLL for (int32_t first_row = 0; first_row < num_queries; first_row += kAhead) {
       bool is_visible[kAhead];
-      GPU_UNROLL for (int i = 0; i < kAhead; ++i, byte += bytes.stride_query)
+      GPU_UNROLL for (int i = 0; i < kAhead; ++i, byte += bytes.stride_query) {
         is_visible[i] = is_key && first_row + i < num_queries && load_global(byte) != 0;
+      }
       GPU_UNROLL for (int i = 0; i < kAhead; ++i) {
         const uint32_t shown = warp_ballot(is_visible[i]);
         if (lane == first_row + i) keys &= shown;

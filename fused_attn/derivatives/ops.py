@@ -206,9 +206,7 @@ def _problem_of(inputs: Inputs, scalars: Scalars) -> AttentionProblem:
         return _problem_of_shapes(*known)  # sizes are symbolic, as in `make_fx`
 
 
-def _problem_of_shapes(
-    shapes: Shapes, dtype: torch.dtype, device: torch.device, scalars: Scalars
-) -> AttentionProblem:
+def _problem_of_shapes(shapes: Shapes, dtype: torch.dtype, device: torch.device, scalars: Scalars) -> AttentionProblem:
     """The problem of a call with tensors of these shapes.
 
     The lengths come from the shapes where shapes tell them. `torch.jit.trace` stores the scalars of its example, and

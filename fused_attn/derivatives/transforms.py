@@ -116,32 +116,50 @@ def _vmap(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The rule of torch.func.vmap for a Function: (outputs, the vmapped dimension of each output, always 0).
 
-    If every tensor has a batch dimension, the vmapped dimension is folded into the batch, and one call computes all
-    entries. Otherwise each entry of the vmapped dimension is a call of its own. Pages have no batch dimension, because
-    the block table of each entry names its own pages. Two more cases need separate calls:
+    If possible, the vmapped dimension is folded into the batch, and one call computes all entries. Each entry of the
+    vmapped dimension is a call of its own in these cases:
 
+    - packed sequences and pages, whose rows have no batch dimension,
+    - a relative bias or sinks for each entry,
     - dropout, because the bits of dropout depend on the index of the batch entry,
     - gradients that are sums over the batch, because one call would also add up the vmapped entries.
 
     apply: the Function, from (problem, *tensors) to its outputs
     size: the length of the vmapped dimension
     in_dims: the vmapped dimension of each tensor, or None; entries for further arguments are not read
+    tensors: `Inputs`, and behind them those of `Saved` if the Function is that of the gradients
     """
-    with_dims = [(x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
-    # A plain problem has only query, key and value. Padding masks and lengths have a batch dimension, too.
-    unpadded = replace(problem, has_key_padding=False, has_key_lengths=False)
-    is_batched_throughout = unpadded.is_plain and not problem.is_paged and not are_gradients_shared
-    if not is_batched_throughout:
+    names = (*Inputs._fields, *Saved._fields)
+    given = [(name, x, dim) for name, x, dim in zip(names, tensors, in_dims, strict=False) if x is not None]
+
+    def fold(name: str, x: Tensor, dim: int | None) -> Tensor:
+        """x with the vmapped dimension as a part of the batch dimension. What all entries share stays as it is."""
+        if dim is None and (name in _WITHOUT_BATCH or (name in _MAY_BROADCAST and x.shape[0] == 1)):
+            return x
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        x = x.expand(size, problem.batch, *x.shape[2:]).flatten(0, 1)
+        return x.contiguous() if name == "key_ranges" else x
+
+    if (
+        problem.is_packed
+        or problem.is_paged
+        or problem.dropout_p
+        or are_gradients_shared
+        or any(name in _WITHOUT_BATCH and dim is not None for name, _, dim in given)
+    ):
+        with_dims = [(x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
         entries = [
             apply(problem, *(x if x is None or dim is None else x.select(dim, n) for x, dim in with_dims))
             for n in range(size)
         ]
         outputs = tuple(torch.stack(columns) for columns in zip(*entries, strict=True))
     else:
-        folded = (
-            None if x is None else (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-            for x, dim in with_dims
-        )
-        outputs = apply(replace(problem, batch=size * problem.batch), *folded)
+        folded = {name: fold(name, x, dim) for name, x, dim in given}
+        outputs = apply(replace(problem, batch=size * problem.batch), *map(folded.get, names[: len(tensors)]))
         outputs = tuple(x.unflatten(0, (size, problem.batch)) for x in outputs)
     return outputs, (0,) * len(outputs)
+
+
+#: Tensors without a batch dimension, and tensors whose batch dimension may be 1 for all entries of the batch.
+_WITHOUT_BATCH = ("relative_bias", "sinks")
+_MAY_BROADCAST = ("bias", "mask", "key_ranges")

@@ -223,6 +223,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if type(module).forward is not nn.MultiheadAttention.forward or "forward" in vars(module):
             raise checks.fail("module", "the forward of torch.nn.MultiheadAttention", "a forward of its own")
         if parametrize.is_parametrized(module):
+            assert isinstance(module.parametrizations, nn.ModuleDict)
             expected = "no parametrisation, which torch.nn.utils.parametrize.remove_parametrizations can remove"
             raise checks.fail("module", expected, f"one of {', '.join(module.parametrizations)}")
         check_backend(backend)

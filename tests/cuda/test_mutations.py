@@ -758,7 +758,7 @@ BUGS = [
     ),
     Bug(
         "split-lost", 80, "decode", "merge_splits.h",
-        "if (split < p.splits.count) sums[i] = sum_of(split);", "if (split < p.splits.count - @) sums[i] = sum_of(split);",
+        "if (split < p.splits.count) sums[i] =", "if (split < p.splits.count - @) sums[i] =",
     ),
     Bug(
         "references-of-splits-ignored", 80, "decode", "merge_splits.h",

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fused_attn
+from fused_attn.derivatives import transforms
 
 CASE = {case.id: case for case in CASES}
 
@@ -220,6 +221,53 @@ def test_vmap(backend: str, in_dims, generator: torch.Generator) -> None:
         for f in (ours(backend), plain)
     ]
     torch.testing.assert_close(*grads)
+
+
+def _shared_tensors(generator: torch.Generator) -> dict[str, Tensor]:
+    """The further tensors of a call of (2, 2, 5, 8)."""
+    begin = torch.randint(0, 3, (1, 2, 5, 1), generator=generator)
+    return {
+        "attn_mask": torch.rand(1, 2, 5, 5, generator=generator) < 0.8,
+        "bias": torch.randn(2, 1, 5, 5, generator=generator),
+        "key_ranges": torch.stack((begin, begin + 3), dim=-1).int(),
+        "key_padding_mask": torch.tensor([[False] * 4 + [True], [False] * 5]),
+        "key_lengths": torch.tensor([5, 4]).int(),
+        "relative_bias": torch.randn(2, 9, generator=generator),
+        "sinks": torch.randn(2, generator=generator),
+    }
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("is_vmapped", [False, True], ids=["shared", "vmapped"])
+@pytest.mark.parametrize("name", _shared_tensors(torch.Generator()))
+def test_vmap_with_a_further_tensor(
+    name: str, is_vmapped: bool, backend: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All entries are one call, unless each has a relative bias or sinks of its own."""
+    args = [x.detach() for x in tensors(generator, *((3, 2, 2, 5, 8),) * 3)]
+    further = _shared_tensors(generator)[name]
+    if is_vmapped:  # the last dimension, because kernels need some tensors in the usual order
+        further = torch.stack([further, further.flip(0), further.flip(-2 if further.dim() == 4 else 0)], dim=-1)
+    in_dims = (0, 0, 0, -1 if is_vmapped else None)
+    calls = []
+    monkeypatch.setattr(transforms.modes, "is_observed", lambda tensors: calls.append(tensors) and False)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, further: Tensor) -> Tensor:
+        given = {"attn_mask" if name == "bias" else name: further}
+        return fused_attn.fused_attention(query, key, value, backend=backend, **given)
+
+    def loss(*given: Tensor) -> Tensor:
+        return attend(*given).sin().sum()
+
+    found = torch.func.vmap(attend, in_dims)(*args, further)
+    number_of_calls = len(calls)
+    grads = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)), in_dims)(*args, further)
+    entries = [(*(x[n] for x in args), further[..., n] if is_vmapped else further) for n in range(3)]
+    torch.testing.assert_close(found, torch.stack([attend(*entry) for entry in entries]))
+    expected = [torch.func.grad(loss, (0, 1, 2))(*entry) for entry in entries]
+    torch.testing.assert_close(grads, tuple(map(torch.stack, zip(*expected, strict=True))))
+    if backend != "reference":
+        assert number_of_calls == (3 if is_vmapped and name in ("relative_bias", "sinks") else 1)
 
 
 @pytest.mark.quick

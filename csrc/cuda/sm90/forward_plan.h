@@ -30,8 +30,8 @@ struct ForwardPlan : ForwardTileSm90<kHeadDim, kIsGeneralOption> {
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 224;
   static_assert(fits_registers(kProducerRegisters, kConsumers, kConsumerRegisters));
 
-  // Whether the planning warp looks at several blocks at once (last_block_to_visit). With head dim 256, ptxas would then
-  // spill a register of the consumers.
+  // Whether the planning warp looks at several blocks at once (last_block_to_visit). With head dim 256, ptxas would
+  // then spill a register of the consumers.
   static constexpr bool kSkipsByLanes = kHeadDim < 256;
 
   // Whether TMA stores the output. With head dim 128, this takes 175 instructions, and stores from registers take 296.
