@@ -63,6 +63,10 @@ UnownedRows unowned_keys_of(const AttentionParams& a, const Params& p) {
           {cleared(a.dkey, a.num_kv_heads, a.head_dim), cleared(a.dvalue, a.num_kv_heads, a.value_dim)}};
 }
 
+// The most blocks of threads that look for unowned rows: about four for each multiprocessor. Each of their warps checks
+// all offsets first. With a warp for every 32 rows, this work would grow with the square of the number of sequences.
+constexpr int64_t kMostClearingBlocks = 512;
+
 // The jobs of the preparation kernel in this call. No job has blocks of threads if there is nothing to prepare.
 PreparationParams preparation_of(const AttentionParams& a, const Params& p, const Pieces& pieces,
                                  const KernelSet& kernels, bool is_backward) {
@@ -73,6 +77,9 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
     total += blocks;
     if (total >= int64_t{1} << 31) throw std::length_error("the problem needs more blocks than a grid may have");
     return static_cast<int32_t>(blocks);
+  };
+  const auto clearing_blocks_for = [&](int64_t rows) {
+    return blocks_for(std::min(rows, kMostClearingBlocks * kPreparationThreads), kPreparationThreads);
   };
   if (pieces.valid_keys != nullptr) {
     jobs.padding = {static_cast<const uint8_t*>(a.key_padding.data), a.key_padding.stride_batch,
@@ -96,13 +103,13 @@ PreparationParams preparation_of(const AttentionParams& a, const Params& p, cons
   }
   if (a.cu_seqlens_q != nullptr && (!is_backward || a.dquery.data != nullptr)) {
     jobs.queries = unowned_queries_of(a, p, is_backward);
-    jobs.query_clearing_blocks = blocks_for(p.rows_q, kPreparationThreads);
+    jobs.query_clearing_blocks = clearing_blocks_for(p.rows_q);
   }
   const bool wants_keys = a.dkey.data != nullptr || a.dvalue.data != nullptr;
   if (wants_keys && (a.cu_seqlens_k != nullptr || a.key_lengths != nullptr)) {
     jobs.keys = unowned_keys_of(a, p);
     const int64_t entries = a.cu_seqlens_k != nullptr ? 1 : a.batch;
-    jobs.key_clearing_blocks = blocks_for(entries * p.rows_k, kPreparationThreads);
+    jobs.key_clearing_blocks = clearing_blocks_for(entries * p.rows_k);
   }
   // Row statistics lie in whole row blocks, up to the end of the last one.
   if (is_backward) {

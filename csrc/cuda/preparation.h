@@ -201,12 +201,13 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kPreparationThreads, 12)
     return;
   }
   block -= jobs.query_tile_blocks;
-  const int64_t first_row = int64_t{32} * (thread / 32);
-  if (block < jobs.query_clearing_blocks)
-    return clear_unowned_rows(p, jobs.queries, int64_t{block} * kPreparationThreads + first_row, this_lane());
+  const auto clear_rows = [&](const UnownedRows& x, int32_t blocks) {
+    const int64_t first_row = int64_t{block} * kPreparationThreads + thread / 32 * 32;
+    clear_unowned_rows(p, x, first_row, int64_t{blocks} * kPreparationThreads, this_lane());
+  };
+  if (block < jobs.query_clearing_blocks) return clear_rows(jobs.queries, jobs.query_clearing_blocks);
   block -= jobs.query_clearing_blocks;
-  if (block < jobs.key_clearing_blocks)
-    return clear_unowned_rows(p, jobs.keys, int64_t{block} * kPreparationThreads + first_row, this_lane());
+  if (block < jobs.key_clearing_blocks) return clear_rows(jobs.keys, jobs.key_clearing_blocks);
   block -= jobs.key_clearing_blocks;
   if (block >= jobs.row_blocks) return;
   prepare_rows<T, kTileRows>(p, block);

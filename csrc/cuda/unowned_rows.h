@@ -39,22 +39,26 @@ GPU_DEVICE void clear_row(const ClearedTensor& x, int32_t entry, int32_t row, La
   }
 }
 
-// Clears the unowned ones of 32 rows. `first_row` counts the rows of all batch entries. All lanes of a warp call this.
-// Each lane looks at one row, and all of them write.
+// Clears the unowned rows among those of a warp: 32 rows from first_row on, and again 32 after each `stride` rows. Both
+// numbers count the rows of all batch entries. All lanes of a warp call this. Each lane looks at one row, and all of
+// them write.
 //
 // If the offsets of sequences do not ascend, all rows are cleared: other kernels may leave out sequences, or all of
 // them (list_key_blocks).
-GPU_DEVICE void clear_unowned_rows(const Params& p, const UnownedRows& x, int64_t first_row, Lane lane) {
-  const int64_t number = first_row + lane.index;
-  const int32_t entry = static_cast<int32_t>(number / x.rows), row = static_cast<int32_t>(number % x.rows);
-  const bool exists = entry < (x.cu_seqlens == nullptr ? p.batch : 1);
+GPU_DEVICE void clear_unowned_rows(const Params& p, const UnownedRows& x, int64_t first_row, int64_t stride,
+                                   Lane lane) {
   const bool is_right = offsets_ascend(p.cu_seqlens_q, p.batch, p.rows_q, lane) &&
                         offsets_ascend(p.cu_seqlens_k, p.batch, p.rows_k, lane);
-  const bool is_cleared = exists && (!is_right || is_unowned(x, p.batch, entry, row));
-  for (uint32_t left = warp_ballot(is_cleared); left != 0; left &= left - 1) {
-    const int64_t cleared = first_row + lowest_bit(left);
-    GPU_UNROLL for (int i = 0; i < UnownedRows::kMost; ++i)
-        clear_row(x.tensors[i], static_cast<int32_t>(cleared / x.rows), static_cast<int32_t>(cleared % x.rows), lane);
+  const int32_t entries = x.cu_seqlens == nullptr ? p.batch : 1;
+  GPU_NO_UNROLL for (; first_row < int64_t{entries} * x.rows; first_row += stride) {
+    const int64_t number = first_row + lane.index;
+    const int32_t entry = static_cast<int32_t>(number / x.rows), row = static_cast<int32_t>(number % x.rows);
+    const bool is_cleared = entry < entries && (!is_right || is_unowned(x, p.batch, entry, row));
+    for (uint32_t left = warp_ballot(is_cleared); left != 0; left &= left - 1) {
+      const int64_t cleared = first_row + lowest_bit(left);
+      GPU_UNROLL for (int i = 0; i < UnownedRows::kMost; ++i)
+          clear_row(x.tensors[i], static_cast<int32_t>(cleared / x.rows), static_cast<int32_t>(cleared % x.rows), lane);
+    }
   }
 }
 

@@ -40,6 +40,29 @@ def test_are_clear_after_both_kinds_of_kernels(options: dict, architecture: int,
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("architecture", [80, 90])
+def test_more_rows_than_the_warps_look_at_in_one_pass(
+    architecture: int, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 blocks of threads look at 65536 rows in a pass."""
+    monkeypatch.setattr(checks, "check_cu_seqlens_values", lambda *args: None)
+    begin, total = 65_500, 65_700
+    offsets = torch.tensor([begin, begin + 100, begin + 103]).int()
+    rows = torch.randn(3, total, 1, 64, dtype=torch.float16)
+    with kernels.running(architecture):
+        out, lse = fused_attn.fused_attention_varlen(*rows, offsets, offsets, 100, 100, return_lse=True, backend="cuda")
+        own = offsets - begin
+        expected, expected_lse = fused_attn.fused_attention_varlen(
+            *rows[:, begin : begin + 103], own, own, 100, 100, return_lse=True, backend="cuda"
+        )
+    stray = torch.ones(total, dtype=torch.bool)
+    stray[begin : begin + 103] = False
+    assert (out[stray] == 0).all() and (lse[:, stray] == -torch.inf).all()
+    torch.testing.assert_close(out[~stray], expected)
+    torch.testing.assert_close(lse[:, ~stray], expected_lse)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("architecture", [80, 90])
 def test_rows_behind_the_longest_length_belong_to_no_sequence(
     architecture: int, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
