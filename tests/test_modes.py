@@ -46,7 +46,7 @@ def test_a_lower_right_diagonal_in_a_trace_follows_the_lengths(window_size: tupl
 def test_a_trace_checks_the_columns_of_a_relative_bias():
     bias = torch.randn(2, 9)
     traced = torch.jit.trace(lambda x: fused_attention(x, x, x, relative_bias=bias), torch.randn(1, 2, 5, 8))
-    with pytest.raises(RuntimeError, match=r"relative_bias: expected L \+ S - 1 = 7 columns, got 9 columns"):
+    with pytest.raises(RuntimeError, match=r"relative_bias: expected shape .* with 7 columns, got shape \(2, 9\)"):
         traced(torch.randn(1, 2, 4, 8))
 
 

@@ -219,9 +219,10 @@ def _problem_of_shapes(shapes: Shapes, dtype: torch.dtype, device: torch.device,
         seqlen_k = shapes.block_table[1] * shapes.key[1]
     elif shapes.cu_seqlens_k is None:
         seqlen_k = shapes.key[2]
-    columns = None if shapes.relative_bias is None else shapes.relative_bias[-1]
-    if columns is not None and columns != max(seqlen_q + seqlen_k - 1, 0):
-        raise checks.fail("relative_bias", f"L + S - 1 = {seqlen_q + seqlen_k - 1} columns", f"{columns} columns")
+    columns = max(seqlen_q + seqlen_k - 1, 0)
+    if shapes.relative_bias is not None and shapes.relative_bias[-1] != columns:
+        expected = f"shape (H, L + S - 1) with {columns} columns"
+        raise checks.fail("relative_bias", expected, f"shape {tuple(shapes.relative_bias)}")
     return AttentionProblem.of(shapes, dtype, device, scalars._replace(max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k))
 
 
