@@ -98,7 +98,8 @@ def is_observed(tensors: Iterable[Tensor | None]) -> bool:
     """True if a call must be a registered operator: under tracers and `TorchDispatchMode`, and for tensor subclasses.
 
     Tracers, modes and subclasses record or replace operators, and see nothing else. A kernel that is called without an
-    operator would be missing from a trace. The trace would then return an output that nothing has written.
+    operator would be missing from a trace. The trace would then return an output that nothing has written. A subclass
+    of `Parameter` counts as a subclass.
     """
     return is_watched() or not _HAVE_NO_OPERATORS.issuperset(map(type, tensors))
 

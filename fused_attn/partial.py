@@ -136,7 +136,7 @@ def results(
     """All results of a part, out of the query's dtype. See `attend`."""
     problem, inputs, _, _ = _planned(query, key, value, options, sinks)
     chosen = None if torch.compiler.is_compiling() else dispatch.choose(problem, options.backend)
-    is_direct = modes.is_direct()
+    is_direct = modes.is_direct() and not modes.is_observed(inputs)
     found = running.run(problem, chosen, options.backend, is_direct, inputs, return_lse=True, return_max=return_max)
     if options.packed is None:
         return found

@@ -90,6 +90,13 @@ def test_only_visible_scores_count(options: dict, band: tuple[int, int], kernel:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_a_trace_counts_the_lengths_that_it_runs_with(kernel: str) -> None:
+    traced = torch.jit.trace(lambda x: attend(kernel)(x, x, x), torch.randn(1, 2, 5, 8))
+    x = torch.randn(1, 2, 9, 8)
+    assert count(traced, x) == count(attend(kernel), x, x, x)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_only_wanted_gradients_count(kernel: str, leaves: list[Tensor]) -> None:
     query, key, value = leaves
     product = 2 * BATCH * HEADS * SEQLEN_Q * SEQLEN_K * HEAD_DIM

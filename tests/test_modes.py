@@ -12,6 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.overrides import TorchFunctionMode
 
 from fused_attn import FusedMultiheadAttention, Transformer, fused_attention, fused_attention_varlen
+from fused_attn.partial import attention_partial
 
 pytestmark = pytest.mark.quick
 
@@ -86,7 +87,9 @@ def test_tensors_that_another_process_still_sends(backend: str):
     results = []
     for wrap in (pending, torch.Tensor.clone):
         out = fused_attention(*leaves, wrap(mask), key_padding_mask=wrap(padding), sinks=wrap(sinks), backend=backend)
-        results.append([out, *torch.autograd.grad(out, leaves, wrap(dout))])
+        _, vjp = torch.func.vjp(lambda x: fused_attention(x, x, x, backend=backend), leaves[0].detach())
+        part, lse = attention_partial(wrap(leaves[0].detach()), *leaves[1:], backend=backend)
+        results.append([out, *torch.autograd.grad(out, leaves, wrap(dout)), *vjp(wrap(dout)), part, lse])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(torch.as_tensor(found + 0), expected)
 

@@ -150,8 +150,8 @@ GPU_DEVICE uint32_t transpose_bits(uint32_t row, int32_t lane) {
 }
 
 // The word of keys_of_query for word `word` of query first_query + lane, zero if this query does not exist: which keys
-// the caller's masks show to the query. All lanes of a warp take part. Lane i reads the byte of key i, for one query
-// after another, and warp_ballot makes the word of each query.
+// the caller's masks show to the query. All lanes of a warp take part. Lane i reads the byte of key i, for four
+// queries at a time, and warp_ballot makes the word of each query.
 GPU_DEVICE uint32_t keys_of_lane(const Params& p, const MaskSource& source, int32_t batch, int32_t head,
                                  int32_t first_query, int32_t num_queries, int32_t word, int32_t lane) {
   const int32_t first_key = kGranule * word;

@@ -234,7 +234,7 @@ struct PreparationParams {
   int32_t relative_bias_blocks;
   int32_t mask_blocks;
   int32_t query_tile_blocks;      // forward of packed calls: one warp lists the tiles of queries
-  int32_t query_clearing_blocks;  // packed calls: each warp clears those of 32 rows of queries that no sequence owns
+  int32_t query_clearing_blocks;  // packed calls: their warps share the rows of queries, and clear the unowned ones
   int32_t key_clearing_blocks;    // backward: the same for keys, also for those behind the length of a batch entry
   int32_t row_blocks;             // backward: each computes the row statistics of kPreparationRows queries
 };

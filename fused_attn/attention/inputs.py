@@ -102,6 +102,11 @@ class Shapes(NamedTuple):
     block_table: Shape | None = None
 
 
+def shapes_of(inputs: Inputs) -> Shapes:
+    """The shapes of the tensors of a call."""
+    return Shapes._make(None if x is None else x.shape for x in inputs)
+
+
 #: The inputs that batch entries or heads share, so that their gradients are sums over these.
 SHARED = ("bias", "key_bias", "relative_bias", "sinks")
 #: The indices of `SHARED` in `Inputs`, `Gradients` and `Wanted`.

@@ -79,6 +79,22 @@ class Scalars(NamedTuple):
     dropout_key: int = 0
 
 
+def lengths_of(shapes: Shapes, scalars: Scalars) -> tuple[int, int]:
+    """L and S of a call of an operator, from the shapes where shapes tell them.
+
+    `torch.jit.trace` stores the scalars of its example. Kernels that trusted the lengths among them would write beyond
+    the results of a shorter call.
+    """
+    seqlen_q, seqlen_k = scalars.max_seqlen_q, scalars.max_seqlen_k
+    if shapes.cu_seqlens_q is None:
+        seqlen_q = shapes.query[2]
+    if shapes.block_table is not None:
+        seqlen_k = shapes.block_table[1] * shapes.key[1]
+    elif shapes.cu_seqlens_k is None:
+        seqlen_k = shapes.key[2]
+    return seqlen_q, seqlen_k
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionProblem:
     """Everything about one attention call except the contents of its tensors.

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fused_attn.attention.inputs import Inputs, Saved, Wanted, take
-from fused_attn.attention.problem import Scalars
+from fused_attn.attention.inputs import Inputs, Saved, Wanted, shapes_of, take
+from fused_attn.attention.problem import Scalars, lengths_of
 
 
 def forward_flops(*arguments, out_val=None) -> int:
@@ -52,17 +52,14 @@ def _visible_scores(inputs: Inputs, scalars: Scalars) -> int:
     the shapes alone do not tell how many are hidden.
     """
     query = inputs.query
+    longest_q, longest_k = lengths_of(shapes_of(inputs), scalars)
     lengths: Iterable[tuple[int, int]]
     if inputs.cu_seqlens_q is None:
-        lengths = [(scalars.max_seqlen_q, scalars.max_seqlen_k)] * query.shape[0]
+        lengths = [(longest_q, longest_k)] * query.shape[0]
     elif inputs.cu_seqlens_k is None:
-        lengths = [(rows, scalars.max_seqlen_k) for rows in _lengths(inputs.cu_seqlens_q, scalars.max_seqlen_q)]
+        lengths = [(rows, longest_k) for rows in _lengths(inputs.cu_seqlens_q, longest_q)]
     else:
-        lengths = zip(
-            _lengths(inputs.cu_seqlens_q, scalars.max_seqlen_q),
-            _lengths(inputs.cu_seqlens_k, scalars.max_seqlen_k),
-            strict=True,
-        )
+        lengths = zip(_lengths(inputs.cu_seqlens_q, longest_q), _lengths(inputs.cu_seqlens_k, longest_k), strict=True)
 
     def visible(seqlen_q: int, seqlen_k: int) -> int:
         """The number of scores of one head of one sequence that the band shows."""

@@ -22,10 +22,11 @@ from fused_attn.attention.inputs import (
     Wanted,
     gradients_of_arguments,
     shape_of_lse,
+    shapes_of,
     take,
 )
 from fused_attn.attention.memory_order import empty_like_layout
-from fused_attn.attention.problem import AttentionProblem, Scalars
+from fused_attn.attention.problem import AttentionProblem, Scalars, lengths_of
 from fused_attn.backends import dispatch, events
 from fused_attn.backends.base import Backend
 from fused_attn.derivatives import flops, gradients
@@ -196,8 +197,7 @@ flops.register_flop_formulas()
 
 def _problem_of(inputs: Inputs, scalars: Scalars) -> AttentionProblem:
     """The problem of a call of an operator. Calls with equal shapes and scalars get the same, cached problem."""
-    shapes = Shapes._make(None if x is None else x.shape for x in inputs)
-    known = (shapes, inputs.query.dtype, inputs.query.device, scalars)
+    known = (shapes_of(inputs), inputs.query.dtype, inputs.query.device, scalars)
     try:
         return _cached_problem(*known)
     except TypeError as error:
@@ -207,22 +207,13 @@ def _problem_of(inputs: Inputs, scalars: Scalars) -> AttentionProblem:
 
 
 def _problem_of_shapes(shapes: Shapes, dtype: torch.dtype, device: torch.device, scalars: Scalars) -> AttentionProblem:
-    """The problem of a call with tensors of these shapes.
-
-    The lengths come from the shapes where shapes tell them. `torch.jit.trace` stores the scalars of its example, and
-    kernels that trusted the lengths among them would write beyond the results of a shorter call.
-    """
-    seqlen_q, seqlen_k = scalars.max_seqlen_q, scalars.max_seqlen_k
-    if shapes.cu_seqlens_q is None:
-        seqlen_q = shapes.query[2]
-    if shapes.block_table is not None:
-        seqlen_k = shapes.block_table[1] * shapes.key[1]
-    elif shapes.cu_seqlens_k is None:
-        seqlen_k = shapes.key[2]
-    columns = max(seqlen_q + seqlen_k - 1, 0)
-    if shapes.relative_bias is not None and shapes.relative_bias[-1] != columns:
-        expected = f"shape (H, L + S - 1) with {columns} columns"
-        raise checks.fail("relative_bias", expected, f"shape {tuple(shapes.relative_bias)}")
+    """The problem of a call with tensors of these shapes, and with the lengths that `lengths_of` finds."""
+    seqlen_q, seqlen_k = lengths_of(shapes, scalars)
+    if shapes.relative_bias is not None:
+        columns = max(seqlen_q + seqlen_k - 1, 0)
+        if shapes.relative_bias[-1] != columns:
+            expected = f"shape (H, L + S - 1) with {columns} columns"
+            raise checks.fail("relative_bias", expected, f"shape {tuple(shapes.relative_bias)}")
     return AttentionProblem.of(shapes, dtype, device, scalars._replace(max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k))
 
 

@@ -72,7 +72,7 @@ class _TransformableGradients(torch.autograd.Function):
         """The wanted gradients by a backend, or by the registered operator if a tracer records operators."""
         inputs, others = take(Inputs, arguments)
         saved, (asked_for, backend, problem) = take(Saved, others)
-        is_observed = modes.is_observed(inputs)
+        is_observed = modes.is_observed((*inputs, *saved))
         compute = ops.call_backward if is_observed else gradients.compute
         return tuple(grad for grad in compute(backend, problem, inputs, saved, asked_for) if grad is not None)
 
@@ -121,6 +121,7 @@ def _vmap(
 
     - packed sequences and pages, whose rows have no batch dimension,
     - a relative bias or sinks for each entry,
+    - a bias or a mask that folding would copy, such as one with a batch dimension that all entries share,
     - dropout, because the bits of dropout depend on the index of the batch entry,
     - gradients that are sums over the batch, because one call would also add up the vmapped entries.
 
@@ -131,6 +132,15 @@ def _vmap(
     """
     names = (*Inputs._fields, *Saved._fields)
     given = [(name, x, dim) for name, x, dim in zip(names, tensors, in_dims, strict=False) if x is not None]
+
+    def is_separate(name: str, x: Tensor, dim: int | None) -> bool:
+        """True if the tensor keeps the vmapped dimension from being folded."""
+        if name in _WITHOUT_BATCH:
+            return dim is not None
+        if name not in ("bias", "mask"):
+            return False
+        batch = x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]
+        return batch != (1 if dim is None else problem.batch)
 
     def fold(name: str, x: Tensor, dim: int | None) -> Tensor:
         """x with the vmapped dimension as a part of the batch dimension. What all entries share stays as it is."""
@@ -145,7 +155,7 @@ def _vmap(
         or problem.is_paged
         or problem.dropout_p
         or are_gradients_shared
-        or any(name in _WITHOUT_BATCH and dim is not None for name, _, dim in given)
+        or any(is_separate(*tensor) for tensor in given)
     ):
         with_dims = [(x, dim) for x, dim in zip(tensors, in_dims, strict=False)]
         entries = [

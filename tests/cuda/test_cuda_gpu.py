@@ -101,6 +101,7 @@ LARGE = [
             "bias": {"attn_mask": cases.float_mask("1HLS")},
             "bias-of-keys": {"attn_mask": cases.float_mask("1H1S")},
             "mask": {"attn_mask": random_blocks},
+            "sinks": {"sinks": cases.sink(), "options": {"is_causal": True}},
             "softcap-and-sinks": {"sinks": cases.sink(), "options": {"softcap": 20.0, "is_causal": True}},
         }.items()
     ),

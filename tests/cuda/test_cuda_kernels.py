@@ -355,6 +355,16 @@ def test_mixed_features(features: str, head_dim: int, value_dim: int, architectu
         cases.check(case, torch.float16, "cuda")
 
 
+@pytest.mark.parametrize(("head_dim", "value_dim"), HEAD_DIMS)
+def test_sinks_in_plain_kernels(head_dim: int, value_dim: int, architecture: int, kernels: Kernels) -> None:
+    """Sinks alone: with each further feature above, the general kernel runs."""
+    case = large(
+        f"sinks-{head_dim}", head_dim=head_dim, value_dim=value_dim, sinks=cases.sink(), options={"is_causal": True}
+    )
+    with kernels.running(architecture, seed=head_dim):
+        cases.check(case, torch.float16, "cuda")
+
+
 REPEATED = [
     *(
         large(f"bias-{shape}", attn_mask=cases.float_mask(shape))

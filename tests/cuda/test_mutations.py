@@ -697,6 +697,14 @@ BUGS = [
         "factor *= keys / all;", "if (!@) factor *= keys / all;",
     ),
     Bug(
+        "sink-of-the-next-head", 90, "sinks", "sm90/forward.h",
+        "load_global(p.sinks + head_slice.head)", "load_global(p.sinks + (head_slice.head + @) % p.num_heads)",
+    ),
+    Bug(
+        "sink-of-the-next-head-80", 80, "sinks", "sm80/forward.h",
+        "load_global(p.sinks + head_slice.head)", "load_global(p.sinks + (head_slice.head + @) % p.num_heads)",
+    ),
+    Bug(
         "sink-share-of-a-row-lost", 80, "sinks", "bias_gradient.h",
         "row < head_slice.seqlen_q; row += threads)", "row < head_slice.seqlen_q - @; row += threads)",
     ),

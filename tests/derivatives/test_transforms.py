@@ -231,6 +231,7 @@ def _shared_tensors(generator: torch.Generator) -> dict[str, Tensor]:
         "bias": torch.randn(2, 1, 5, 5, generator=generator),
         "key_ranges": torch.stack((begin, begin + 3), dim=-1).int(),
         "key_padding_mask": torch.tensor([[False] * 4 + [True], [False] * 5]),
+        "key_bias": torch.randn(2, 5, generator=generator),
         "key_lengths": torch.tensor([5, 4]).int(),
         "relative_bias": torch.randn(2, 9, generator=generator),
         "sinks": torch.randn(2, generator=generator),
@@ -243,17 +244,18 @@ def _shared_tensors(generator: torch.Generator) -> dict[str, Tensor]:
 def test_vmap_with_a_further_tensor(
     name: str, is_vmapped: bool, backend: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All entries are one call, unless each has a relative bias or sinks of its own."""
+    """All entries are one call, if none has a relative bias or sinks of its own and no mask would be copied."""
     args = [x.detach() for x in tensors(generator, *((3, 2, 2, 5, 8),) * 3)]
     further = _shared_tensors(generator)[name]
     if is_vmapped:  # the last dimension, because kernels need some tensors in the usual order
-        further = torch.stack([further, further.flip(0), further.flip(-2 if further.dim() == 4 else 0)], dim=-1)
+        dim = 2 if further.dim() >= 4 else -1
+        further = torch.stack([further, further.roll(1, dim), further.flip(dim)], dim=-1)
     in_dims = (0, 0, 0, -1 if is_vmapped else None)
     calls = []
     monkeypatch.setattr(transforms.modes, "is_observed", lambda tensors: calls.append(tensors) and False)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, further: Tensor) -> Tensor:
-        given = {"attn_mask" if name == "bias" else name: further}
+        given = {{"bias": "attn_mask", "key_bias": "key_padding_mask"}.get(name, name): further}
         return fused_attn.fused_attention(query, key, value, backend=backend, **given)
 
     def loss(*given: Tensor) -> Tensor:
@@ -267,7 +269,8 @@ def test_vmap_with_a_further_tensor(
     expected = [torch.func.grad(loss, (0, 1, 2))(*entry) for entry in entries]
     torch.testing.assert_close(grads, tuple(map(torch.stack, zip(*expected, strict=True))))
     if backend != "reference":
-        assert number_of_calls == (3 if is_vmapped and name in ("relative_bias", "sinks") else 1)
+        separate = ("attn_mask", "relative_bias", "sinks") if is_vmapped else ("bias",)
+        assert number_of_calls == (3 if name in separate else 1)
 
 
 @pytest.mark.quick

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,6 +243,17 @@ def test_the_file_is_read_once(gpu, cache, monkeypatch):
     for _ in range(3):
         tuned.choose("forward", problem_for(WORKLOAD))
     assert len(reads) == 1
+
+
+def test_without_a_home_folder_nothing_is_stored(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert tuned._read_table.__wrapped__(GPU) is None
+    with pytest.raises(RuntimeError, match=r"expected XDG_CACHE_HOME or a home folder, got neither"):
+        tuned.path_of(GPU)
 
 
 def spoil(text):

@@ -159,12 +159,19 @@ def _read_table(device_name: str) -> Table | None:
 
 
 def folder() -> Path:
-    """The folder for stored tables: within the cache folder that the platform has for each user."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fused_attn"
+    """The folder for stored tables: within the cache folder that the platform has for each user.
+
+    Raises:
+        RuntimeError: no variable of the environment names the cache folder, and the user has no home folder.
+    """
+    variable, within_home = (
+        ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")
+    )
+    base = os.environ.get(variable)
+    try:
+        return Path(base or Path.home() / within_home) / "fused_attn"
+    except RuntimeError as error:
+        raise RuntimeError(f"tuned tables have no folder: expected {variable} or a home folder, got neither") from error
 
 
 def path_of(device_name: str) -> Path:
