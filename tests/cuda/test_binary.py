@@ -352,7 +352,7 @@ def copies_after_wait(texts: list[str]) -> list[str]:
     return rest[: next((i for i, text in enumerate(rest) if "LDSM" in text), len(rest))]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built() -> list[Kernel]:
     """All kernels. On a machine with a GPU, a build has by default only the kernels for that GPU."""
     found = kernels()

@@ -137,7 +137,7 @@ class HostCode:
         return set(self._text("registered_kernels").split())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def linked() -> Path:
     """The module of the CUDA kernels in the build folder of an editable installation."""
     module = importlib.util.find_spec("fused_attn._cuda")
@@ -147,8 +147,9 @@ def linked() -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def host_code(linked: Path, tmp_path_factory: pytest.TempPathFactory) -> HostCode:
+    """One for each process, because pybind11 loads a module once for each name. Workers may come back to this file."""
     # The folder may also have object files of earlier settings, which the module does not contain.
     rule = re.search(
         rf"^build {re.escape(linked.name)}: (.*)", (linked.parent / "build.ninja").read_text(), re.MULTILINE
