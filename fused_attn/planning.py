@@ -123,7 +123,7 @@ class Planner:
             if _can_be_hashed(arguments):
                 raise
         # What cannot be hashed is a wrong argument or a symbolic size, as under `make_fx`. For a wrong argument, `make`
-        # raises an error that names it. For symbolic sizes, the plan is made without the cache.
+        # raises an error that names it. For symbolic sizes, and in a trace, the plan is made without the cache.
         return self._with_backend(backend, *arguments, choose=dispatch.choose.__wrapped__)
 
     def _with_backend(self, backend: str | None, *arguments, choose=dispatch.choose) -> Plan:

@@ -55,7 +55,7 @@ inline LaunchShape forward_shape_of(const Params& p, int block, int threads, int
 // key padding, a band and sinks, which join a row once, behind its last key. The general kernel supports all that a
 // call may ask for, as branches that all threads of a block take alike. It is slower than the plain kernel, and needs
 // more registers. row_max and pages need a general kernel in forward only: backward reads no row_max, and pages have no
-// gradients.
+// gradients. Nor does backward read sinks: the log-sum-exp contains their share of the denominator.
 inline bool is_general_backward(const Params& p) {
   return !p.logits.is_plain || p.mask.map != nullptr || p.dropout_seed != nullptr;
 }

@@ -106,6 +106,11 @@ class _TransformableGradients(torch.autograd.Function):
         return _vmap(apply, info.batch_size, problem, in_dims, tensors, asked_for.is_any_shared)
 
 
+#: Tensors without a batch dimension, and tensors whose batch dimension may be 1 for all entries of the batch.
+_WITHOUT_BATCH = ("relative_bias", "sinks")
+_MAY_BROADCAST = ("bias", "mask", "key_ranges")
+
+
 def _vmap(
     apply: Callable[..., tuple[Tensor, ...]],
     size: int,
@@ -168,8 +173,3 @@ def _vmap(
         outputs = apply(replace(problem, batch=size * problem.batch), *map(folded.get, names[: len(tensors)]))
         outputs = tuple(x.unflatten(0, (size, problem.batch)) for x in outputs)
     return outputs, (0,) * len(outputs)
-
-
-#: Tensors without a batch dimension, and tensors whose batch dimension may be 1 for all entries of the batch.
-_WITHOUT_BATCH = ("relative_bias", "sinks")
-_MAY_BROADCAST = ("bias", "mask", "key_ranges")
