@@ -11,7 +11,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.bias import causal_lower_right
 from torch.overrides import TorchFunctionMode
 
-from fused_attn import FusedMultiheadAttention, Transformer, fused_attention, fused_attention_varlen
+from fused_attn import (
+    FusedMultiheadAttention,
+    Transformer,
+    alibi_bias,
+    fused_attention,
+    fused_attention_varlen,
+    t5_relative_bias,
+)
 from fused_attn.partial import attention_partial
 
 pytestmark = pytest.mark.quick
@@ -49,6 +56,21 @@ def test_a_trace_checks_the_columns_of_a_relative_bias():
     traced = torch.jit.trace(lambda x: fused_attention(x, x, x, relative_bias=bias), torch.randn(1, 2, 5, 8))
     with pytest.raises(RuntimeError, match=r"relative_bias: expected shape .* with 7 columns, got shape \(2, 9\)"):
         traced(torch.randn(1, 2, 4, 8))
+
+
+def test_a_trace_makes_biases_of_its_own_lengths():
+    """torch makes tensors of the lengths in a trace."""
+    slopes, table = torch.rand(2), torch.randn(32, 2)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[-2]
+        bias = alibi_bias(slopes, length, length) + t5_relative_bias(table, length, length)
+        return fused_attention(x, x, x, relative_bias=bias)
+
+    traced = torch.jit.trace(call, torch.randn(1, 2, 5, 8))
+    for length in (4, 9, 64, 0):
+        x = torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(traced(x), call(x))
 
 
 @pytest.mark.parametrize("is_training", [True, False])

@@ -6,11 +6,13 @@ A bias is (H, L + S - 1). Its column n belongs to the distance j - i = n - (L - 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from fused_attn import modes
 from fused_attn.attention import checks
 
 
@@ -43,8 +45,7 @@ def t5_relative_bias(
             t5_relative_bias, (table, seqlen_q, seqlen_k), table, seqlen_q, seqlen_k, bidirectional, max_distance
         )
     checks.check_tensor("table", table)
-    checks.check_seqlen("seqlen_q", seqlen_q)
-    checks.check_seqlen("seqlen_k", seqlen_k)
+    _check_seqlens(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
     if table.dim() != 2:
         raise ValueError(f"table: expected shape (num_buckets, H), got {tuple(table.shape)}")
     check_buckets("table", table.shape[0], bidirectional, max_distance)
@@ -102,15 +103,22 @@ def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
     if has_torch_function_variadic(slopes, seqlen_q, seqlen_k):
         return handle_torch_function(alibi_bias, (slopes, seqlen_q, seqlen_k), slopes, seqlen_q, seqlen_k)
     checks.check_tensor("slopes", slopes)
-    checks.check_seqlen("seqlen_q", seqlen_q)
-    checks.check_seqlen("seqlen_k", seqlen_k)
+    _check_seqlens(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
     if slopes.dim() != 1:
         raise ValueError(f"slopes: expected shape (H,), got {tuple(slopes.shape)}")
     return -slopes[:, None] * _distances(seqlen_q, seqlen_k, slopes.device).abs()
 
 
+def _check_seqlens(**seqlens: int) -> None:
+    """Checks lengths, by their names. `torch.jit.trace` makes tensors of them, and its trace holds for all lengths."""
+    for name, seqlen in seqlens.items():
+        if not (isinstance(seqlen, Tensor) and modes.is_jit_tracing()):
+            checks.check_seqlen(name, seqlen)
+
+
 def _distances(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
     """(L + S - 1,) integers: the distance j - i that each column of a bias belongs to, from -(L - 1) to S - 1."""
-    # This form of the length is that of the check of relative_bias. torch.export proves that both are the same.
-    columns = max(seqlen_q + seqlen_k - 1, 0)
+    columns: Any = seqlen_q + seqlen_k - 1
+    # The second form is that of the check of relative_bias. torch.export proves that both are the same.
+    columns = columns.clamp(min=0) if isinstance(columns, Tensor) else max(columns, 0)
     return torch.arange(columns, device=device) + (1 - seqlen_q)
