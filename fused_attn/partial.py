@@ -186,6 +186,9 @@ def attention_partial_backward(
     """
     saved = Saved(out=out, lse=lse, dout=dout, dlse=dlse)
     chosen = PartialOptions.of("attention_partial_backward", options)
+    for name, x, kind in (("wanted", wanted, Wanted), ("into", into, Gradients)):
+        if x is not None and not isinstance(x, kind):
+            raise checks.wrong_type(name, f"None or {kind.__name__}", x)
     return backward(query, key, value, saved, chosen, wanted or Wanted(*(True for _ in Wanted._fields)), into)
 
 
@@ -206,8 +209,8 @@ def backward(
     rows = tuple(query.shape[:3])
     of_outputs = (*rows, problem.value_dim)
     for name, x, shape in zip(Saved._fields, saved, (of_outputs, rows, of_outputs, rows), strict=True):
-        if x is not None and tuple(x.shape) != shape:
-            raise checks.fail(name, f"shape {shape}", f"shape {tuple(x.shape)}")
+        if x is not None:
+            _check_shape(name, x, shape)
     assert saved.out is not None and saved.lse is not None and saved.dout is not None, "a caller gives these"
     out, lse, dout = saved.out.to(query.dtype), saved.lse.to(problem.accumulate_dtype), saved.dout.to(query.dtype)
     saved = Saved(out, lse, dout, saved.dlse)
@@ -225,13 +228,17 @@ def backward(
         found = _without_added_keys(found, added)
     sums = Gradients() if into is None else into
     relative_bias = options.relative_bias
+    for name, x, sum_ in zip(Gradients._fields, found, sums, strict=True):
+        if x is not None and sum_ is not None:
+            whole = relative_bias if name == "relative_bias" and relative_bias is not None else x
+            _check_shape(f"into.{name}", sum_, whole.shape)
     if found.relative_bias is not None and relative_bias is not None:
-        whole = sums.relative_bias
-        if whole is None:
-            whole = found.relative_bias.new_zeros(relative_bias.shape)
-        part = whole[..., columns]
+        total = sums.relative_bias
+        if total is None:
+            total = found.relative_bias.new_zeros(relative_bias.shape)
+        part = total[..., columns]
         part += found.relative_bias.reshape(part.shape)
-        found, sums = found._replace(relative_bias=whole), sums._replace(relative_bias=None)
+        found, sums = found._replace(relative_bias=total), sums._replace(relative_bias=None)
     return Gradients(*(x if sum_ is None or x is None else sum_.add_(x) for x, sum_ in zip(found, sums, strict=True)))
 
 
@@ -248,10 +255,13 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         out (B, H, L, Dv) and lse (B, H, L) of the whole. A row that saw no key in any part has out 0 and lse -inf.
 
     Raises:
-        ValueError: there are no parts, or as many outs as lses were expected.
+        ValueError: there are no parts, as many outs as lses were expected, or a shape does not fit.
     """
     if not outs or len(outs) != len(lses):
         raise checks.fail("lses", f"one for each of the outs, and at least one; there are {len(outs)} outs", len(lses))
+    for i, (part, lse) in enumerate(zip(outs, lses, strict=True)):
+        _check_shape(f"outs[{i}]", part, outs[0].shape)
+        _check_shape(f"lses[{i}]", lse, outs[0].shape[:-1])
     each = torch.stack(tuple(lses))  # (parts, B, H, L)
     row_max = each.detach().amax(0)
     is_empty = row_max == float("-inf")
@@ -269,12 +279,23 @@ def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     """(out, lse) of a merged attention with the sinks (H,) in the denominator of the softmax. Differentiable.
 
     A row that saw no key keeps out 0 and lse -inf, as in `fused_attention`.
+
+    Raises:
+        ValueError: a shape does not fit.
     """
+    _check_shape("lse", lse, out.shape[:-1])
+    _check_shape("sinks", sinks, out.shape[1:2])
     is_empty = lse == float("-inf")
     sink = sinks.to(lse.dtype)[:, None]
     joined = torch.logaddexp(lse.masked_fill(is_empty, 0.0), sink)
     weight = torch.exp(lse.masked_fill(is_empty, 0.0) - joined)
     return out * weight.unsqueeze(-1), joined.masked_fill(is_empty, float("-inf"))
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Checks the shape of one of the results of parts. Without the check, a dimension of 1 would broadcast."""
+    if x.shape != shape:
+        raise checks.fail(name, f"shape {tuple(shape)}", f"shape {tuple(x.shape)}")
 
 
 def check_rank_4(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -291,7 +312,7 @@ def _planned(
     check_rank_4(query, key, value)
     for name in ("query_offset", "key_offset", "batch_offset", "head_offset"):
         offset = getattr(options, name)
-        if not isinstance(offset, int) or isinstance(offset, bool) or not 0 <= offset < _LIMIT:
+        if not checks.is_int(offset) or not 0 <= offset < _LIMIT:
             raise checks.fail(name, f"an int from 0 to {_LIMIT - 1}", repr(offset))
     if options.seqlen_q is not None:
         checks.check_seqlen("seqlen_q", options.seqlen_q)

@@ -281,6 +281,32 @@ def test_merge_errors() -> None:
     x = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="lse: expected shape \\(1, 2, 3\\), got shape \\(1, 2\\)"):
         attention_partial_backward(x, x, x, x, x, torch.zeros(1, 2))
+    lse = torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match=r"outs\[1\]: expected shape \(1, 2, 3, 8\), got shape \(1, 1, 3, 8\)"):
+        merge([x, x[:, :1]], [lse, lse])
+    with pytest.raises(ValueError, match=r"lses\[1\]: expected shape \(1, 2, 3\), got shape \(1, 1, 3\)"):
+        merge([x, x], [lse, lse[:, :1]])
+    with pytest.raises(ValueError, match=r"sinks: expected shape \(2,\), got shape \(1,\)"):
+        join_sinks(x, lse, torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wanted": (True,)}, "wanted: expected None or Wanted, got tuple"),
+        ({"into": 3}, "into: expected None or Gradients, got int"),
+        ({"into": Gradients(key=torch.zeros(3, 2, 3, 8))}, r"into\.key: expected shape \(1, 2, 3, 8\), got shape"),
+        (
+            {"into": Gradients(relative_bias=torch.zeros(5)), "relative_bias": torch.zeros(2, 5)},
+            r"into\.relative_bias: expected shape \(2, 5\), got shape \(5,\)",
+        ),
+    ],
+)
+def test_errors_of_backward(options: dict, message: str) -> None:
+    """A flag or a sum that does not fit must not be dropped or broadcast."""
+    x = torch.zeros(1, 2, 3, 8)
+    with pytest.raises((TypeError, ValueError), match=message):
+        attention_partial_backward(x, x, x, x, x, torch.zeros(1, 2, 3), **options)
 
 
 def test_backward_of_a_floating_point_padding_mask(backend: str, generator: torch.Generator) -> None:

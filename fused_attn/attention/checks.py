@@ -9,7 +9,7 @@ import itertools
 import numbers
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -223,7 +223,7 @@ def check_window(window_size: Sequence[int] | None) -> tuple[int, int]:
     if window_size is None:
         return UNBOUNDED, UNBOUNDED
     is_pair = isinstance(window_size, Sequence) and len(window_size) == 2
-    if not is_pair or not all(_is_int(x) and x >= UNBOUNDED for x in window_size):
+    if not is_pair or not all(is_int(x) and x >= UNBOUNDED for x in window_size):
         raise fail("window_size", "(left, right), two ints >= -1 (-1 = unbounded)", repr(window_size))
     # A side of 2**62 or more is wider than any sequence, so it counts as unbounded. As a number, it could overflow the
     # 64-bit integers in which positions are compared.
@@ -411,7 +411,7 @@ def _exact(x: float) -> float:
     return x if isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) else float(x)
 
 
-def _is_int(x: object) -> bool:
+def is_int(x: object) -> TypeGuard[int]:
     """Whether x is an int of Python or of NumPy. A bool is none."""
     return isinstance(x, (int, numbers.Integral)) and not isinstance(x, bool)
 

@@ -58,9 +58,9 @@ def _backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: W
         assert saved.dout is not None, "backward needs the gradient of out"
         if uses_saved:
             assert saved.out is not None and saved.lse is not None, "the caller has saved both"
-            scores, dcap = _scores(problem, x)
+            logits, dcap = _logits(problem, x)
             lse = saved.lse.to(problem.accumulate_dtype)
-            probs = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+            probs = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
         else:
             probs, lse, _, dcap = _softmax(problem, x)
         dout, dlse = saved.dout.to(problem.accumulate_dtype), saved.dlse
@@ -80,7 +80,7 @@ def _backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: W
             delta = (probs * dprobs).sum(-1, keepdim=True)  # (B, H, L, 1)
         if dlse is not None:
             delta = delta - dlse.unsqueeze(-1)
-        dbiased = probs * (dprobs - delta)  # the gradient of the scores after softcap and bias
+        dbiased = probs * (dprobs - delta)  # the gradient of the logits
         dscores = (dbiased if dcap is None else dbiased * dcap) * problem.scale
 
         grads = {}
@@ -135,33 +135,33 @@ class Softmax(NamedTuple):
     dcap: Tensor | None
 
 
-def _scores(problem: AttentionProblem, x: Inputs) -> tuple[Tensor, Tensor | None]:
-    """The scores with all masks and biases (hidden ones are -inf), and the derivative of the softcap.
+def _logits(problem: AttentionProblem, x: Inputs) -> tuple[Tensor, Tensor | None]:
+    """The logits (hidden ones are -inf), and the derivative of the softcap.
 
     x: the inputs from `_to_compute`
     """
     scores = (x.query * problem.scale) @ x.key.transpose(-2, -1)  # (B, H, L, S)
-    dcap = None
+    logits, dcap = scores, None
     if problem.softcap:
         capped = torch.tanh(scores / problem.softcap)
-        scores, dcap = problem.softcap * capped, 1.0 - capped * capped
+        logits, dcap = problem.softcap * capped, 1.0 - capped * capped
     visible, bias = masks.to_dense(problem, x)
     if bias is not None:
-        scores = scores + bias
+        logits = logits + bias
     if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    return scores, dcap
+        logits = logits.masked_fill(~visible, float("-inf"))
+    return logits, dcap
 
 
 def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
-    """The probs, the log-sum-exp, and the derivative of the softcap. x: the inputs from `_to_compute`."""
-    scores, dcap = _scores(problem, x)
+    """The probs, the log-sum-exp, the largest logits, and the derivative of the softcap. x: from `_to_compute`."""
+    logits, dcap = _logits(problem, x)
     # The maximum of a row without visible keys is -inf. The row gets 0 as its maximum instead, which keeps exp and the
     # gradients of exp finite.
     row_max = (
-        scores.detach().amax(-1, keepdim=True)
-        if scores.shape[-1]
-        else scores.new_full((*scores.shape[:-1], 1), float("-inf"))
+        logits.detach().amax(-1, keepdim=True)
+        if logits.shape[-1]
+        else logits.new_full((*logits.shape[:-1], 1), float("-inf"))
     )
     is_empty = row_max == float("-inf")
     reference = row_max
@@ -169,7 +169,7 @@ def _softmax(problem: AttentionProblem, x: Inputs) -> Softmax:
     if sink is not None:
         reference = torch.maximum(reference, sink.detach())
     reference = reference.masked_fill(is_empty, 0.0)
-    probs = torch.exp(scores - reference)
+    probs = torch.exp(logits - reference)
     row_sum = probs.sum(-1, keepdim=True)
     if sink is not None:
         # The exponent of an empty row is masked, and not the sum alone: the gradient of an infinite exp is NaN.

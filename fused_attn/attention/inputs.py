@@ -109,6 +109,9 @@ def shapes_of(inputs: Inputs) -> Shapes:
 
 #: The inputs that batch entries or heads share, so that their gradients are sums over these.
 SHARED = ("bias", "key_bias", "relative_bias", "sinks")
+#: The inputs of padded calls that have no batch dimension, and those whose batch dimension may be 1 for all entries.
+WITHOUT_BATCH = ("relative_bias", "sinks")
+MAY_BROADCAST = ("bias", "mask", "key_ranges")
 #: The indices of `SHARED` in `Inputs`, `Gradients` and `Wanted`.
 SHARED_ITEMS = slice(3, 3 + len(SHARED))
 

@@ -73,7 +73,7 @@ def check_buckets(name: str, num_buckets: int, bidirectional: bool, max_distance
     name: the argument that determines num_buckets, for the error message
     """
     checks.check_flag("bidirectional", bidirectional)
-    checks.check_number("max_distance", max_distance)
+    checks.check_integer("max_distance", max_distance)
     least = 4 if bidirectional else 2
     if num_buckets < least:
         raise ValueError(f"{name}: expected at least {least} buckets with {bidirectional=}, got {num_buckets}")
@@ -98,7 +98,7 @@ def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
 
     Raises:
         TypeError: slopes is no tensor, or a length is no int.
-        ValueError: slopes has another shape, or a length is negative.
+        ValueError: slopes has another shape or is not floating point, or a length is negative.
     """
     if has_torch_function_variadic(slopes, seqlen_q, seqlen_k):
         return handle_torch_function(alibi_bias, (slopes, seqlen_q, seqlen_k), slopes, seqlen_q, seqlen_k)
@@ -106,6 +106,8 @@ def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
     _check_seqlens(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
     if slopes.dim() != 1:
         raise ValueError(f"slopes: expected shape (H,), got {tuple(slopes.shape)}")
+    if not slopes.is_floating_point():
+        raise checks.fail("slopes", "a floating-point tensor", slopes.dtype)
     return -slopes[:, None] * _distances(seqlen_q, seqlen_k, slopes.device).abs()
 
 

@@ -81,6 +81,23 @@ def in_dtypes_of(inputs: Inputs, grads: Gradients) -> Gradients:
     return Gradients(*(None if x is None or dx is None else dx.to(x.dtype) for x, dx in pairs))
 
 
+def gradient_of_row_bias(inputs: Inputs, lse: Tensor, dlse: Tensor | None, delta: Tensor | None) -> Tensor:
+    """The gradient of a bias that is one number for all keys of a row: (B|1, H|1, L|1, 1), in the dtype of the bias.
+
+    Such a bias x raises the LSE by x, and lowers the probability of the sink. Without a sink it does not change the
+    output. So the gradient is dlse + delta * (probability of the sink), and 0 for a row that sees no key. The sum of
+    the dscores of a row would be the same number, but its terms nearly cancel, so that rounding errors would remain.
+
+    delta: (B, H, L), rowsum(dout * out) - dlse; None = there are no sinks
+    """
+    drow = torch.zeros_like(lse) if dlse is None else dlse
+    if inputs.sinks is not None and delta is not None:
+        drow = drow + delta * torch.exp(inputs.sinks.float()[:, None] - lse)
+    drow = drow.masked_fill(lse == float("-inf"), 0.0)
+    assert inputs.bias is not None, "its gradient is wanted"
+    return drow.unsqueeze(3).sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
+
+
 def native_numbers(problem: AttentionProblem) -> dict[str, Any]:
     """The arguments of Config, which both native modules have, except num_splits."""
     band = problem.band

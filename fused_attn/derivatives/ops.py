@@ -87,11 +87,12 @@ def _attention(*arguments):
 @torch.library.register_fake("fused_attn::attention", lib=_library)
 def _attention_fake(*arguments):
     """Empty tensors with the shapes, dtypes and strides of the results, which torch traces in their place."""
-    (query, _, value, *_, cu_seqlens_q, _, _), (*_, needs_max) = take(Inputs, arguments)
+    inputs, (*_, needs_max) = take(Inputs, arguments)
+    query = inputs.query
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    shape = shape_of_lse(query, cu_seqlens_q is not None)
+    shape = shape_of_lse(query, inputs.cu_seqlens_q is not None)
     row_max = query.new_empty(shape if needs_max else 0, dtype=dtype)
-    return empty_like_layout(query, value.shape[-1]), query.new_empty(shape, dtype=dtype), row_max
+    return empty_like_layout(query, inputs.value.shape[-1]), query.new_empty(shape, dtype=dtype), row_max
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from fused_attn import modes
-from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted, gradients_of_arguments, take
+from fused_attn.attention.inputs import (
+    MAY_BROADCAST,
+    WITHOUT_BATCH,
+    Gradients,
+    Inputs,
+    Results,
+    Saved,
+    Wanted,
+    gradients_of_arguments,
+    take,
+)
 from fused_attn.attention.problem import AttentionProblem
 from fused_attn.backends.base import Backend
 from fused_attn.derivatives import gradients, ops
@@ -106,11 +116,6 @@ class _TransformableGradients(torch.autograd.Function):
         return _vmap(apply, info.batch_size, problem, in_dims, tensors, asked_for.is_any_shared)
 
 
-#: Tensors without a batch dimension, and tensors whose batch dimension may be 1 for all entries of the batch.
-_WITHOUT_BATCH = ("relative_bias", "sinks")
-_MAY_BROADCAST = ("bias", "mask", "key_ranges")
-
-
 def _vmap(
     apply: Callable[..., tuple[Tensor, ...]],
     size: int,
@@ -140,7 +145,7 @@ def _vmap(
 
     def is_separate(name: str, x: Tensor, dim: int | None) -> bool:
         """True if the tensor keeps the vmapped dimension from being folded."""
-        if name in _WITHOUT_BATCH:
+        if name in WITHOUT_BATCH:
             return dim is not None
         if name not in ("bias", "mask"):
             return False
@@ -149,7 +154,7 @@ def _vmap(
 
     def fold(name: str, x: Tensor, dim: int | None) -> Tensor:
         """x with the vmapped dimension as a part of the batch dimension. What all entries share stays as it is."""
-        if dim is None and (name in _WITHOUT_BATCH or (name in _MAY_BROADCAST and x.shape[0] == 1)):
+        if dim is None and (name in WITHOUT_BATCH or (name in MAY_BROADCAST and x.shape[0] == 1)):
             return x
         x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         x = x.expand(size, problem.batch, *x.shape[2:]).flatten(0, 1)

@@ -34,6 +34,12 @@ _REFUSED = {
         "because the shards say where their rows stand",
     ),
 }
+#: The same for packed sequences.
+_REFUSED_PACKED = {
+    **_REFUSED,
+    "key_padding_mask": "because packed sequences have no padding",
+    "num_splits": "because the keys of packed sequences are not split",
+}
 
 
 def context_parallel_attention(
@@ -68,7 +74,7 @@ def context_parallel_attention(
             and their options. The comparison is a small collective, for which the host waits.
         sinks: (H,), see `fused_attention`.
         return_lse: also return lse (B, H, L of this rank).
-        options: dropout_p, dropout_seed, is_causal, scale, enable_gqa, window_size, softcap and backend of
+        options: dropout_p, dropout_seed, is_causal, scale, enable_gqa, window_size, softcap, num_splits and backend of
             `fused_attention`; key_padding_mask (B, S of this rank), sharded like the keys; the whole relative_bias.
             Without dropout_seed, the first rank draws a seed for all.
 
@@ -161,12 +167,8 @@ def context_parallel_attention_varlen(
             between the ranks raise on all of them.
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
-    chosen = _options("context_parallel_attention_varlen", method, options)
+    chosen = _options("context_parallel_attention_varlen", method, options, _REFUSED_PACKED)
     checks.check_flags(compare_ranks=compare_ranks, return_lse=return_lse)
-    if chosen.key_padding_mask is not None:
-        raise checks.fail("key_padding_mask", "None with packed sequences, which have no padding", "a tensor")
-    if chosen.num_splits is not None:
-        raise checks.fail("num_splits", "None with packed sequences, whose keys are not split", chosen.num_splits)
     query, key, value = modes.autocast(query, key, value)
     documents = _documents(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, chosen)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, rows, columns)
@@ -186,14 +188,18 @@ def context_parallel_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _options(function: str, method: str, options: dict[str, Any]) -> PartialOptions:
-    """The checked options of a call. function: its name, for the error."""
+def _options(function: str, method: str, options: dict[str, Any], refused: dict[str, str] = _REFUSED) -> PartialOptions:
+    """The checked options of a call.
+
+    function: its name, for the error
+    refused: the options that it does not take: name -> the reason
+    """
     if method not in METHODS:
         raise checks.fail("method", f"one of {METHODS}", repr(method))
-    for name, reason in _REFUSED.items():
+    for name, reason in refused.items():
         if (given := options.get(name)) is not None:
             raise checks.fail(name, f"None for a shared sequence, {reason}", _shape_or_value(given))
-    chosen = PartialOptions.of(function, options, _REFUSED)
+    chosen = PartialOptions.of(function, options, refused)
     if chosen.dropout_seed is not None:
         checks.check_dropout_seed(chosen.dropout_seed)
     return chosen

@@ -12,6 +12,7 @@ With a mesh, ``torch.distributed.tensor.parallel.parallelize_module(model, mesh,
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -180,14 +181,14 @@ class _ShardedStream(ParallelStyle):
         streams = ("src", "tgt", "memory")
 
         def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            def sharded(x: Tensor) -> Tensor:
+            def sharded(name: str, x: Tensor) -> Tensor:
                 if x.dim() != 3:
-                    raise checks.fail("input", "a batch, (N, L, E) or (L, N, E)", f"shape {tuple(x.shape)}")
+                    raise checks.fail(name, "a batch, (N, L, E) or (L, N, E)", f"shape {tuple(x.shape)}")
                 return _as_dtensor(x, device_mesh).redistribute(placements=[Shard(self.sequence_dim)])
 
-            count = 1 if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) else 2
-            args = (*map(sharded, args[:count]), *args[count:])
-            return args, {name: sharded(x) if name in streams else x for name, x in kwargs.items()}
+            names = tuple(name for name in inspect.signature(module.forward).parameters if name in streams)
+            args = (*map(sharded, names, args), *args[len(names) :])
+            return args, {name: sharded(name, x) if name in streams else x for name, x in kwargs.items()}
 
         def leave(_: nn.Module, __: tuple, out: Tensor) -> Tensor:
             return out.redistribute(placements=[Replicate()]).to_local()  # type: ignore[attr-defined]

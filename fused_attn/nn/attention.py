@@ -298,7 +298,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             is_causal: a hint that attn_mask is the causal mask. As in the parent class, the hint is believed and
                 attn_mask is not read, unless weights are wanted or a key_padding_mask is given. Without an attn_mask,
                 is_causal=True means the causal mask itself. The parent class raises there. This class raises only if
-                weights are wanted.
+                weights are wanted. Every query sees the rows of add_bias_kv and add_zero_attn under this causal mask.
+                As a hint, is_causal=True hides these rows, which stand behind the last key, as in the parent class.
             key_ranges: (L, R, 2), (N, L, R, 2) or (N, H, L, R, 2) int32, where N and H may be 1. A query sees only
                 keys of its R ranges, see `fused_attention`. The batch comes first whether batch_first is True or False.
                 With is_causal or a mask, a query sees the keys that both show. The ranges do not hide the rows of

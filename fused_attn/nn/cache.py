@@ -181,6 +181,8 @@ class LayerCache:
     ):
         if self_attention is not None and not hasattr(self_attention, "append"):
             raise checks.wrong_type("self_attention", "None or the cache of a self-attention", self_attention)
+        if self_attention is not None and max_length is not None:
+            raise checks.fail("max_length", "None beside self_attention, which has a length of its own", max_length)
         self.self_attention = SelfAttentionCache(max_length) if self_attention is None else self_attention
         self.cross_attention = CrossAttentionCache()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def check_count(name: str, count: int) -> None:
 
 def checked_length(length: int | Tensor) -> int:
     """The length to which a cache is cropped. Raises TypeError or ValueError unless it is an int of at least 0."""
-    if isinstance(length, bool) or not isinstance(length, (int, Integral)):
+    if not checks.is_int(length):
         hint = "; StaticKVCache takes a tensor of lengths" if isinstance(length, Tensor) else ""
         raise TypeError(f"length: expected an int, got {type(length).__name__}{hint}")
     if length < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fused_attn.attention import checks
@@ -32,15 +33,23 @@ def check_layer(
     checks.check_probability("dropout", dropout)
     if not isinstance(activation, str) and not callable(activation):
         raise checks.wrong_type("activation", "a name or a callable", activation)
+    if isinstance(activation, str) and activation not in ("relu", "gelu"):
+        raise checks.fail("activation", "'relu', 'gelu' or a callable", repr(activation))
     checks.check_number("layer_norm_eps", layer_norm_eps)
     if not layer_norm_eps >= 0.0:
         raise checks.fail("layer_norm_eps", "a number >= 0", layer_norm_eps)
 
 
-def check_stack(name: str, layer: nn.Module, num_layers: int, norm: nn.Module | None) -> None:
-    """Raises TypeError or ValueError if no stack can have these arguments. name: the argument `layer`"""
+def check_stack(name: str, layer: nn.Module, padding: str, num_layers: int, norm: nn.Module | None) -> None:
+    """Raises TypeError or ValueError if no stack can have these arguments.
+
+    name: the argument `layer`
+    padding: the keyword with which the stack gives a layer its padding mask
+    """
     if not isinstance(layer, nn.Module):
         raise checks.wrong_type(name, "a torch.nn.Module", layer)
+    if not isinstance(layer, torch.jit.ScriptModule) and not accepts(layer.forward, padding):
+        raise checks.wrong_type(name, f"a module whose forward takes {padding}", layer)
     check_sizes(0, num_layers=num_layers)
     check_module("norm", norm)
 

@@ -39,7 +39,7 @@ def self_attention(
     norm: nn.LayerNorm | None = None,
     norm_first: bool = False,
 ) -> NativeCall | CallOfParts | None:
-    """Computes the output (N, L, E) of the module for x (N, L, E). None if native calls cannot compute the output.
+    """The call that computes the output (N, L, E) of the module for x (N, L, E). None if no native call can do so.
 
     key_padding_mask: None, or (N, L) bool, True = ignore.
     norm, norm_first: see `attention_step`.
@@ -127,7 +127,7 @@ def attention_step(
     norm: nn.LayerNorm | None = None,
     norm_first: bool = False,
 ) -> NativeCall | None:
-    """Computes the output of the module for one new row of each batch entry. None if no native call can compute it.
+    """The call that computes the output for one new row of each batch entry. None if no native call can compute it.
 
     query: (N, 1, E), or (1, N, E) without batch_first
     key: the memory, in cross-attention

@@ -57,7 +57,7 @@ def native_call(
     residual: Tensor | None = None,
     norm: nn.LayerNorm | None = None,
 ) -> NativeCall | None:
-    """Computes ``norm(residual + relu(module(x)))``, without what is None or off. None if no native call can do that.
+    """The call that computes ``norm(residual + relu(module(x)))``, without what is None or off. None if there is none.
 
     takes_many: whether x may have many rows. For a layer in training mode, it may not: a checkpoint may compute a layer
         without gradients first, and with gradients later. The results should not differ by a rounding.
@@ -74,7 +74,7 @@ def native_call(
 
 
 def add_and_normalise(x: Tensor, y: Tensor, norm: nn.LayerNorm) -> NativeCall | None:
-    """Computes ``norm(x + y)``. None if no native call can compute it.
+    """The call that computes ``norm(x + y)``. None if no native call can compute it.
 
     The caller has ruled out gradients, training mode, torch's modes, and a norm that the native call cannot compute.
     """
@@ -118,7 +118,7 @@ def linear_call(
     norm: nn.LayerNorm | None = None,
     out: Tensor | None = None,
 ) -> NativeCall:
-    """Computes ``norm(residual + relu(x . weight^T + bias))``, without what is None or off.
+    """The call that computes ``norm(residual + relu(x . weight^T + bias))``, without what is None or off.
 
     x: (..., in). weight: (out, in). bias: (out,). residual, out: (..., out). All must be contiguous and of one dtype.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -96,7 +95,7 @@ class PagedKVCache(WritableCopies):
             "value_dim": value_dim,
         }  # fmt: skip
         for name, size in sizes.items():
-            if not _is_int(size) or size < 1:
+            if not checks.is_int(size) or size < 1:
                 raise checks.fail(name, "an int of at least 1", repr(size))
         if dtype is not None:
             checks.check_dtype("dtype", dtype)
@@ -236,7 +235,7 @@ class PagedKVCache(WritableCopies):
             ValueError: length is below 0 or above the length of the sequence.
         """
         self._check_known(sequence)
-        if not _is_int(length):
+        if not checks.is_int(length):
             raise checks.wrong_type("length", "an int", length)
         if not 0 <= length <= self._lengths[sequence]:
             raise checks.fail("length", f"0 to {self._lengths[sequence]}", length)
@@ -258,7 +257,7 @@ class PagedKVCache(WritableCopies):
         if not isinstance(indices, Sequence):
             raise checks.wrong_type("indices", "a list of ints", indices)
         for index in indices:
-            if not _is_int(index):
+            if not checks.is_int(index):
                 raise TypeError(f"indices: expected ints, got {type(index).__name__} {index!r}")
             if not 0 <= index < len(sequences):
                 raise checks.fail("indices", f"numbers of [0, {len(sequences)})", index)
@@ -337,7 +336,7 @@ class PagedKVCache(WritableCopies):
         return x.to(device, non_blocking=True)
 
     def _check_known(self, sequence: int) -> None:
-        if not _is_int(sequence):
+        if not checks.is_int(sequence):
             raise checks.wrong_type("sequence", "an int", sequence)
         if sequence not in self._lengths:
             raise checks.fail("sequence", f"one of the {len(self)} sequences of the cache", repr(sequence))
@@ -370,20 +369,15 @@ class PagedKVCache(WritableCopies):
             raise checks.fail(name, "a tensor without gradient", "one that requires it; append under torch.no_grad()")
 
 
-def _is_int(x: object) -> bool:
-    """Whether x is an int of Python or of another library. The check of int alone is fast, so int comes first."""
-    return isinstance(x, (int, Integral)) and not isinstance(x, bool)
-
-
 def _check_sequences(sequences: Sequence[int]) -> None:
     """Raises TypeError unless sequences is a list, or another sequence, of ints."""
-    if not isinstance(sequences, Sequence) or not all(map(_is_int, sequences)):
+    if not isinstance(sequences, Sequence) or not all(map(checks.is_int, sequences)):
         raise TypeError(f"sequences: expected a list of ints, got {sequences!r}")
 
 
 def _check_lengths(lengths: Sequence[int], count: int) -> None:
     """Raises TypeError unless lengths is a list of ints, ValueError unless it has `count` numbers of rows."""
-    if not isinstance(lengths, Sequence) or not all(map(_is_int, lengths)):
+    if not isinstance(lengths, Sequence) or not all(map(checks.is_int, lengths)):
         raise TypeError(f"lengths: expected a list of ints, got {lengths!r}")
     if len(lengths) != count or any(length < 0 for length in lengths):
         expected = f"a number of rows of at least 0 for each of the {count} sequences"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class RotaryEmbedding(nn.Module):
 
     Raises:
         TypeError: head_dim is no int, or base is no number.
-        ValueError: head_dim is odd or negative, or base is not positive.
+        ValueError: head_dim is odd or negative, or base is not positive and finite.
     """
 
     def __init__(self, head_dim: int, base: float = 10000.0):
@@ -36,8 +38,8 @@ class RotaryEmbedding(nn.Module):
         checks.check_number("base", base)
         if head_dim < 0 or head_dim % 2:
             raise checks.fail("head_dim", "an even number of columns to rotate in pairs", head_dim)
-        if not base > 0:
-            raise checks.fail("base", "a positive number", base)
+        if not 0 < base < math.inf:
+            raise checks.fail("base", "a positive, finite number", base)
         self.head_dim = head_dim
         self.base = base
 
@@ -54,13 +56,18 @@ class RotaryEmbedding(nn.Module):
             A tensor of the shape and dtype of x.
 
         Raises:
-            TypeError: x is no tensor.
-            ValueError: x does not have D columns.
+            TypeError: x is no tensor, or seq_dim is no int.
+            ValueError: x does not have D columns or is not floating point, or has no dimension seq_dim before them.
         """
         checks.check_tensor("x", x)
+        checks.check_integer("seq_dim", seq_dim)
+        if not x.is_floating_point():
+            raise checks.fail("x", "a floating-point tensor", x.dtype)
         if x.shape[-1] != self.head_dim:
             raise checks.fail("x", f"head_dim={self.head_dim} columns", f"shape {tuple(x.shape)}")
         dtype = torch.promote_types(x.dtype, torch.float32)
+        if not -x.dim() <= seq_dim < x.dim() or seq_dim % x.dim() == x.dim() - 1:
+            raise checks.fail("seq_dim", f"a dimension of x before the last one, {tuple(x.shape)}", seq_dim)
         seq_dim %= x.dim()
         exponent = torch.arange(0, self.head_dim, 2, device=x.device, dtype=dtype) / self.head_dim
         if isinstance(offset, Tensor):

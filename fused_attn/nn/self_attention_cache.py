@@ -1,6 +1,7 @@
 """The keys and values of the tokens so far, for self-attention: growing, static, or a ring for a sliding window.
 
-All three have the same methods. They differ in who knows the number of rows:
+All three have the methods `append`, `crop`, `reorder`, `to`, `state` and `restore`. They differ in who knows the number
+of rows:
 
 - A growing cache counts on the host. Its tensors become longer with every step.
 - A static cache and a ring count on the device, for each batch entry. Every step has the same shapes and reads no

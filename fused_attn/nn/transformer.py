@@ -198,7 +198,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         backend: see `fused_attention`. None leaves the backend of encoder_layer as it is.
 
     Raises:
-        TypeError: num_layers is no int, or a layer or norm is no module.
+        TypeError: num_layers is no int, norm is no module, or the layer is no module that can be a layer of this stack.
         ValueError: num_layers is negative, or there is no backend of this name.
     """
 
@@ -212,7 +212,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         *,
         backend: str | None = None,
     ):
-        check_stack("encoder_layer", encoder_layer, num_layers, norm)
+        check_stack("encoder_layer", encoder_layer, "src_key_padding_mask", num_layers, norm)
         checks.check_flags(enable_nested_tensor=enable_nested_tensor, mask_check=mask_check)
         # With True, the parent class would warn about layers that its fast path cannot take.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
@@ -382,8 +382,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 "cache: expected a layer's cache such as cache.layers[i], got "
                 f"{type(cache).__name__}{paged_hint(cache)}"
             )
-        if cache is not None and type(self) is TransformerDecoderLayer:
-            cross_cache = cache.cross_attention
+        is_nested = tgt.is_nested or memory.is_nested
+        if type(self) is TransformerDecoderLayer and not is_nested and not modes.is_jit_tracing():
+            cross_cache = None if cache is None else cache.cross_attention
             check_memory(self, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, cross_cache)
         # A subclass may override _mha_block with torch's signature, which has no cache. So the cache is passed only if
         # the method accepts it.
@@ -500,7 +501,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         backend: see `fused_attention`. None leaves the backend of decoder_layer as it is.
 
     Raises:
-        TypeError: num_layers is no int, or a layer or norm is no module.
+        TypeError: num_layers is no int, norm is no module, or the layer is no module that can be a layer of this stack.
         ValueError: num_layers is negative, or there is no backend of this name.
     """
 
@@ -512,7 +513,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         *,
         backend: str | None = None,
     ):
-        check_stack("decoder_layer", decoder_layer, num_layers, norm)
+        check_stack("decoder_layer", decoder_layer, "memory_key_padding_mask", num_layers, norm)
         super().__init__(decoder_layer, num_layers, norm)
         _fuse(self.layers, backend)
 

@@ -100,6 +100,10 @@ def test_same_as_a_dense_mask(backend: str, is_causal: bool, generator: torch.Ge
     [
         (lambda: fused_attn.t5_relative_bias(torch.zeros(32), 3, 3), r"table: expected shape \(num_buckets, H\), got"),
         (lambda: fused_attn.alibi_bias(torch.zeros(2, 2), 3, 3), r"slopes: expected shape \(H,\), got"),
+        (
+            lambda: fused_attn.alibi_bias(torch.arange(2), 3, 3),
+            r"slopes: expected a floating-point tensor, got torch\.int64",
+        ),
     ],
 )
 def test_errors(call, message) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from torch import nn
 
 import fused_attn
 from fused_attn import FusedMultiheadAttention, Seq2SeqTransformer, Transformer, TransformerDecoder, TransformerEncoder
-from fused_attn.nn import T5RelativeBias
+from fused_attn.nn import RotaryEmbedding, T5RelativeBias
+from fused_attn.nn.cache import LayerCache
+from fused_attn.nn.self_attention_cache import SelfAttentionCache
 
 pytestmark = pytest.mark.quick
 
@@ -75,6 +79,7 @@ def test_a_bias_of_other_heads_is_found_by_the_constructor() -> None:
         ({"nhead": 3}, AssertionError, "nhead: expected a divisor"),
         ({"dim_feedforward": -1}, ValueError, "dim_feedforward: expected at least 0, got -1"),
         ({"dim_feedforward": 8.0}, TypeError, "dim_feedforward: expected an int, got float"),
+        ({"activation": "swish"}, ValueError, "activation: expected 'relu', 'gelu' or a callable, got 'swish'"),
     ],
 )
 def test_sizes_of_layers(module, change, exception, message) -> None:
@@ -95,6 +100,46 @@ def test_other_arguments_of_layers_and_stacks() -> None:
     for name in ("num_encoder_layers", "num_decoder_layers"):
         with pytest.raises(ValueError, match=f"{name}: expected at least 0, got -1"):
             Transformer(**LAYER, **{name: -1})
+    for stack, name, layer, padding in (
+        (TransformerEncoder, "encoder_layer", nn.Linear(3, 3), "src_key_padding_mask, got .*Linear"),
+        (TransformerDecoder, "decoder_layer", encoder_layer, "memory_key_padding_mask, got .*EncoderLayer"),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: expected a module whose forward takes {padding}"):
+            stack(layer, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": torch.zeros(2, 7, 8)}, r"memory: expected 16 features, got shape \(2, 7, 8\)"),
+        ({"memory": torch.zeros(3, 7, 16)}, "memory: expected the batch size of tgt, 2, got 3"),
+        ({"memory_mask": torch.zeros(5, 6)}, r"memory_mask: expected shape \(5, 7\) or"),
+        ({"memory_key_padding_mask": torch.zeros(2, 6)}, r"memory_key_padding_mask: expected shape \(2, 7\), got"),
+    ],
+)
+def test_errors_of_a_decoder_layer_name_its_arguments(options, message) -> None:
+    layer = fused_attn.TransformerDecoderLayer(**LAYER, batch_first=True)
+    with pytest.raises((RuntimeError, AssertionError), match=f"^{message}"):
+        layer(**{"tgt": torch.zeros(2, 5, 16), "memory": torch.zeros(2, 7, 16)} | options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "exception", "message"),
+    [
+        ((8, math.inf), {}, ValueError, "base: expected a positive, finite number, got inf"),
+        ((8,), {"x": torch.zeros(3, 8, dtype=torch.int64)}, ValueError, "x: expected a floating-point tensor"),
+        ((8,), {"x": torch.zeros(3, 8), "seq_dim": 7}, ValueError, "seq_dim: expected a dimension of x before the"),
+        ((8,), {"x": torch.zeros(3, 8), "seq_dim": -1}, ValueError, "seq_dim: expected a dimension of x before the"),
+    ],
+)
+def test_errors_of_rotary_embeddings(arguments, options, exception, message) -> None:
+    with pytest.raises(exception, match=message):
+        RotaryEmbedding(*arguments)(**options)
+
+
+def test_a_given_cache_has_a_length_of_its_own() -> None:
+    with pytest.raises(ValueError, match="max_length: expected None beside self_attention"):
+        LayerCache(4, self_attention=SelfAttentionCache(8))
 
 
 def test_a_dropout_that_torch_let_pass_is_found_when_converted() -> None:
@@ -178,7 +223,7 @@ def test_inputs_that_autocast_does_not_cast(of_module, of_input, kept) -> None:
         ),
         (
             lambda: fused_attn.TransformerDecoderLayer(**LAYER)(X, Y),
-            "key: expected the batch size of query, 5, got 7",
+            "memory: expected the batch size of tgt, 5, got 7",
         ),
         (
             lambda: TransformerDecoder(fused_attn.TransformerDecoderLayer(**LAYER), 1)(
@@ -265,7 +310,7 @@ OPTIONS = {
     "distance": (
         lambda: fused_attn.nn.T5RelativeBias(8, 2, max_distance="x"),
         TypeError,
-        "max_distance: expected a number, got str 'x'",
+        "max_distance: expected an int, got str 'x'",
     ),
     "t5-length": (
         lambda: fused_attn.t5_relative_bias(torch.zeros(32, 2), "a", 3),

@@ -17,6 +17,7 @@ from fused_attn.backends.base import (
     dropout_reasons,
     dtype_reasons,
     gpu_reasons,
+    gradient_of_row_bias,
     in_dtypes_of,
     native_numbers,
 )
@@ -112,7 +113,9 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     """The wanted gradients, each in the shape and dtype of its input."""
     if wanted.bias and _is_bias_of_rows(problem, inputs):
         others = backward(problem, inputs, saved, wanted._replace(bias=False))
-        return others._replace(bias=_gradient_of_row_bias(inputs, saved))
+        assert saved.lse is not None, "backends get it"
+        delta = None if inputs.sinks is None else _delta(saved)
+        return others._replace(bias=gradient_of_row_bias(inputs, saved.lse, saved.dlse, delta))
     read = readable_inputs(problem, inputs)
     saved = readable_saved(problem, saved)
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -153,22 +156,11 @@ def _is_bias_of_rows(problem: AttentionProblem, inputs: Inputs) -> bool:
     return not (problem.is_packed or problem.is_part)
 
 
-def _gradient_of_row_bias(inputs: Inputs, saved: Saved) -> Tensor:
-    """The gradient of a bias of rows: the sum of the gradients of all logits of a row but the sink's; 0 for empty rows.
-
-    Those of the keys and of the sink add up to dlse, and that of the sink is weight * (dlse - delta), with its weight
-    in the softmax and delta = <dout, out>. The kernel would find the same as a sum of rounding errors that nearly
-    cancel.
-    """
-    bias, lse, dlse = inputs.bias, saved.lse, saved.dlse
-    assert bias is not None and lse is not None, "the caller has asked for the gradient"
-    of_rows = torch.zeros_like(lse) if dlse is None else dlse
-    if inputs.sinks is not None:
-        assert saved.out is not None and saved.dout is not None, "backends get both"
-        delta = (saved.dout.float() * saved.out.float()).sum(-1)
-        weight = torch.exp(inputs.sinks.float()[:, None] - lse)
-        of_rows = of_rows - weight * (of_rows - delta)
-    return of_rows.masked_fill(lse == float("-inf"), 0.0).sum_to_size(bias.shape[:3]).unsqueeze(3).to(bias.dtype)
+def _delta(saved: Saved) -> Tensor:
+    """(B, H, L), rowsum(dout * out) - dlse."""
+    assert saved.out is not None and saved.dout is not None, "backends get both"
+    delta = (saved.dout.float() * saved.out.float()).sum(-1)
+    return delta if saved.dlse is None else delta - saved.dlse
 
 
 def _empty_shared_gradients(inputs: Inputs, wanted: Wanted) -> tuple[Tensor | None, ...]:

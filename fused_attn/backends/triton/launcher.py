@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted, shape_of_lse
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends.base import clear_rows
+from fused_attn.backends.base import clear_rows, gradient_of_row_bias
 from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import (
     NO_MASKS,
@@ -231,7 +231,7 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
         if wanted.bias:
             assert inputs.bias is not None and factor is not None, "what is wanted is given"
             if inputs.bias.shape[3] == 1 < problem.seqlen_k and not problem.is_part:
-                dbias = _row_bias_gradient(inputs, lse, dlse, delta, factor)
+                dbias = gradient_of_row_bias(inputs, lse, dlse, delta * factor)
             else:
                 dense = inputs.bias.expand(-1, -1, -1, problem.seqlen_k)
                 dbias = _dense_bias_gradient(problem, plan.dbias, dense, tensors, masks, sizes)
@@ -277,21 +277,6 @@ def _dense_bias_gradient(problem, launch, bias, tensors, masks, sizes) -> Tensor
         **launch.options,
     )
     return dbias.sum_to_size(bias.shape)
-
-
-def _row_bias_gradient(inputs: Inputs, lse: Tensor, dlse: Tensor | None, delta: Tensor, factor: Tensor) -> Tensor:
-    """The gradient of a bias that is one number for all keys of a row: (B|1, H|1, L|1, 1), in the dtype of the bias.
-
-    Such a bias x raises the LSE by x, and lowers the probability of the sink. Without a sink it does not change the
-    output. So the gradient is dlse + delta * (probability of the sink). The sum of the dscores of a row would be the
-    same number, but its terms nearly cancel, so that rounding errors would remain.
-    """
-    drow = torch.zeros_like(lse) if dlse is None else dlse
-    if inputs.sinks is not None:
-        drow = drow + delta * factor * torch.exp(inputs.sinks.float()[:, None] - lse)
-    drow = drow.masked_fill(lse == float("-inf"), 0.0)
-    assert inputs.bias is not None, "its gradient is wanted"
-    return drow.unsqueeze(3).sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
 
 
 def _relative_bias_gradient(problem, launch, inputs, tensors, masks, sizes) -> Tensor:
