@@ -31,6 +31,7 @@ _HAVE_NO_OPERATORS = frozenset((Tensor, Parameter, type(None)))
 __all__ = [
     "autocast",
     "can_read",
+    "has_values",
     "in_forward_mode",
     "in_functorch",
     "is_any_autocast_enabled",
@@ -141,10 +142,11 @@ def is_backward_observed(dout: Tensor | None, dlse: Tensor | None) -> bool:
 
 def can_read(x: Tensor) -> bool:
     """True if the contents of x can be read at once: x is a plain tensor on the CPU, and no tracer records the call."""
+    return type(x) is Tensor and x.is_cpu and has_values(x)
+
+
+def has_values(x: Tensor) -> bool:
+    """True if x has contents that a program may read: x is not on "meta", and no tracer or transform sees the call."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and x.is_cpu
-        and not is_watched()
-        and not is_functorch_wrapped_tensor(x)
+        not torch.compiler.is_compiling() and not x.is_meta and not is_watched() and not is_functorch_wrapped_tensor(x)
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_attn.attention import checks
 from fused_attn.backends.dispatch import BACKEND_NAMES
@@ -33,6 +33,23 @@ def _has_parameter(function: Callable, keyword: str) -> bool:
 
 
 _remembered_parameter = functools.lru_cache(maxsize=256)(_has_parameter)
+
+
+def runs_methods_of(cls: type, module: nn.Module, *names: str) -> bool:
+    """Whether a module runs these methods of `cls`, so that no subclass and no instance has put others in their place.
+
+    A method of an instance that is compiled, as ``layer.forward = torch.compile(layer.forward)`` leaves it, counts as
+    the method of the class.
+    """
+    own = module.__dict__
+    for name in names:
+        method = getattr(type(module), name)
+        if name in own:
+            compiled = getattr(own[name], "_torchdynamo_orig_callable", None)
+            method = getattr(compiled, "__func__", None)
+        if method is not getattr(cls, name):
+            return False
+    return True
 
 
 def given(**options: Any) -> dict[str, Any]:

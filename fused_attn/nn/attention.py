@@ -28,6 +28,7 @@ from fused_attn.nn.arguments import (
     check_mask_dtype,
     check_sizes,
     given,
+    runs_methods_of,
 )
 from fused_attn.nn.attention_mask import (
     CallMasks,
@@ -297,9 +298,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             average_attn_weights: return the mean of the weights over the heads.
             is_causal: a hint that attn_mask is the causal mask. As in the parent class, the hint is believed and
                 attn_mask is not read, unless weights are wanted or a key_padding_mask is given. Without an attn_mask,
-                is_causal=True means the causal mask itself. The parent class raises there. This class raises only if
-                weights are wanted. Every query sees the rows of add_bias_kv and add_zero_attn under this causal mask.
-                As a hint, is_causal=True hides these rows, which stand behind the last key, as in the parent class.
+                is_causal=True means the causal mask itself, where the parent class raises. Every query sees the rows of
+                add_bias_kv and add_zero_attn under this causal mask. As a hint, is_causal=True hides these rows, which
+                stand behind the last key, as in the parent class.
             key_ranges: (L, R, 2), (N, L, R, 2) or (N, H, L, R, 2) int32, where N and H may be 1. A query sees only
                 keys of its R ranges, see `fused_attention`. The batch comes first whether batch_first is True or False.
                 With is_causal or a mask, a query sees the keys that both show. The ranges do not hide the rows of
@@ -455,8 +456,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if isinstance(rows.cached, CachedRows):
             mask = cached_mask(rows.cached, seqlen_q)
         elif is_causal and attn_mask is None:
-            if need_weights:
-                raise RuntimeError("attn_mask: expected the causal mask of which is_causal=True is a hint, got None")
             # Every query sees the appended rows. No diagonal can express this, so the mask becomes dense.
             mask = Mask(mask_above(0, seqlen_q, rows.k), None) if self._num_appended else Mask(None, 0)
         else:
@@ -823,9 +822,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         """Whether ranges of keys may be passed. A subclass may have a forward with torch's signature."""
         return accepts(self.forward, "key_ranges")
 
-    #: Whether is_causal=True without a mask is the causal mask. Wrappers of the module (checkpoint, compile) pass this
-    #: attribute on.
-    takes_is_causal = True
+    @property
+    def takes_is_causal(self) -> bool:
+        """Whether is_causal=True without a mask is the causal mask. The forward of a subclass may not read the flag.
+
+        Wrappers of the module (checkpoint, compile) pass this attribute on.
+        """
+        return runs_methods_of(FusedMultiheadAttention, self, "forward")
 
     @property
     def takes_cache(self) -> bool:

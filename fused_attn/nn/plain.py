@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+
+def _forward_of_torch(kind: type) -> Any:
+    """torch's own forward of a class; None, which no call has, if a patch has replaced it before this import."""
+    forward = kind.forward  # type: ignore[attr-defined]
+    is_own = getattr(forward, "__module__", "").startswith("torch.nn.") and not hasattr(forward, "__wrapped__")
+    return forward if is_own else None
+
+
 #: The forward methods of classes for which native calls stand in. A patch of a class may replace them. The modules of
 #: this package add theirs.
 FORWARDS: dict[type, Any] = {
-    kind: kind.forward for kind in (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Dropout)
+    kind: _forward_of_torch(kind) for kind in (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Dropout)
 }
 
 #: In the place of a parameter that a module does not have

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_attn import modes
 from fused_attn.attention.causal_bias import causal_bias
 
 
@@ -47,9 +48,10 @@ def dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, device:
 def _can_look_at(mask: Tensor) -> bool:
     """Whether the contents of the mask may be compared.
 
-    A traced graph and a captured one cannot read values. A mask that requires grad must be used itself.
+    Traced graphs, captured ones and transforms cannot read values, and a mask on "meta" has none. A mask that requires
+    grad must be used itself.
     """
-    if torch.compiler.is_compiling() or mask.requires_grad:
+    if mask.requires_grad or not modes.has_values(mask):
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 

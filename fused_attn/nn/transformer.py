@@ -12,7 +12,8 @@ contents of a mask turn out to be causal, the stack may pass None and is_causal=
 layer say what the stack may pass:
 
 - ``takes_is_causal``: is_causal=True without a mask. All layers of the stack must have this attribute set. Otherwise
-  they all get what torch's own stacks pass.
+  they all get what torch's own stacks pass. A layer whose methods a subclass replaces has the attribute False, because
+  these methods may ignore the flag, as they may in torch. A subclass whose methods read the flag can set it to True.
 - ``takes_cache``: a cache.
 - ``takes_key_ranges``: ranges of keys.
 
@@ -34,7 +35,7 @@ from torch.overrides import has_torch_function_variadic
 from fused_attn import modes
 from fused_attn.attention import checks
 from fused_attn.nn import element_dropout, native_layer, native_linear
-from fused_attn.nn.arguments import accepts, batch_layout, check_backend, check_sizes, given
+from fused_attn.nn.arguments import accepts, batch_layout, check_backend, check_sizes, given, runs_methods_of
 from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention, keep_fast_path_off
 from fused_attn.nn.layer_checks import (
     check_compared,
@@ -162,8 +163,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     @property
     def takes_is_causal(self) -> bool:
-        """Whether is_causal=True without a mask is the causal mask."""
-        return getattr(self.self_attn, "takes_is_causal", False)
+        """Whether is_causal=True without a mask is the causal mask. Methods of a subclass may not read the flag."""
+        is_own = runs_methods_of(TransformerEncoderLayer, self, "forward", "_sa_block")
+        return is_own and getattr(self.self_attn, "takes_is_causal", False)
 
     @property
     def takes_key_ranges(self) -> bool:
@@ -266,8 +268,10 @@ class TransformerEncoder(nn.TransformerEncoder):
             src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal, **ranges)
         return src if self.norm is None else self.norm(src)
 
-    #: Whether is_causal=True without a mask is the causal mask. This holds for layers of any class.
-    takes_is_causal = True
+    @property
+    def takes_is_causal(self) -> bool:
+        """Whether is_causal=True without a mask is the causal mask. This holds for layers of any class."""
+        return runs_methods_of(TransformerEncoder, self, "forward")
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -419,8 +423,9 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     @property
     def takes_is_causal(self) -> bool:
-        """Whether tgt_is_causal=True without a mask is the causal mask."""
-        return getattr(self.self_attn, "takes_is_causal", False)
+        """Whether tgt_is_causal=True without a mask is the causal mask. Methods of a subclass may not read the flag."""
+        is_own = runs_methods_of(TransformerDecoderLayer, self, "forward", "_sa_block")
+        return is_own and getattr(self.self_attn, "takes_is_causal", False)
 
     @property
     def takes_cache(self) -> bool:
@@ -646,8 +651,10 @@ class TransformerDecoder(nn.TransformerDecoder):
 
         return run
 
-    #: Whether tgt_is_causal=True without a mask is the causal mask. This holds for layers of any class.
-    takes_is_causal = True
+    @property
+    def takes_is_causal(self) -> bool:
+        """Whether tgt_is_causal=True without a mask is the causal mask. This holds for layers of any class."""
+        return runs_methods_of(TransformerDecoder, self, "forward")
 
     @property
     def takes_cache(self) -> bool:

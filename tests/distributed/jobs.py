@@ -149,7 +149,7 @@ WRONG_CALLS = {
     "sinks as a list": "sinks: expected a",
     "padding as a list": "key_padding_mask: expected a",
     "padding of the whole sequence": "key_padding_mask: expected shape (B, S of this rank) = (1, 8)",
-    "padding of packed rows": "key_padding_mask: expected None with packed sequences",
+    "padding of packed rows": "key_padding_mask: expected None for a shared sequence, because packed sequences have no",
 }
 
 
