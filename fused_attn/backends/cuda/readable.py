@@ -63,6 +63,11 @@ def _with_readable_rows(x: Tensor, rows_dim: int) -> Tensor:
     - Each row must have an address of its own, so the rows must not be expanded.
     - Kernels read the memory and do not know torch's flag for a negation that has not been carried out.
     """
+    strides = x.stride()  # of 4 dimensions, or of 3 if sequences are packed
+    # The usual tensor passes these tests in a quarter of the time that the general ones below take.
+    is_usual = strides[-1] == 1 and strides[rows_dim] and not (strides[0] | strides[1] | strides[-2]) % 8
+    if is_usual and x.data_ptr() % 16 == 0 and not x.is_neg():
+        return x
     x = x.resolve_neg()
     is_expanded = x.stride(rows_dim) == 0 and x.shape[rows_dim] > 1
     is_aligned = (
