@@ -151,8 +151,8 @@ class CrossAttentionCache(WritableCopies):
         if sizes not in ((batch, length), (length, batch)) and not (batch == 1 and sizes == (length,)):
             expected = f"batch size {batch} and length {length}, as in the cache"
             raise checks.fail("memory", expected, f"shape {tuple(memory.shape)}; {hint}")
-        can_compare = self._memory is not None and not torch.compiler.is_compiling() and not memory.is_meta
-        if can_compare and not _is_equal(memory, self._memory):
+        can_compare = not (torch.compiler.is_compiling() or memory.is_meta)
+        if self._memory is not None and can_compare and not _is_equal(memory, self._memory):
             raise checks.fail("memory", filled, f"another of shape {tuple(memory.shape)}; {hint}")
         self._memory, self._version = memory, _version_of(memory)
 

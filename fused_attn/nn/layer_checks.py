@@ -122,8 +122,7 @@ def check_takes_ranges(stack: nn.Module, **ranges: Tensor) -> None:
         if not accepts(stack.forward, name):
             raise checks.fail(name, f"None, since {type(stack).__name__} takes none", "a tensor")
         for i, layer in enumerate(getattr(stack, "layers", ())):
-            # A layer without takes_is_causal gets what torch's own stacks pass, which have no ranges.
-            if not (getattr(layer, "takes_key_ranges", False) and getattr(layer, "takes_is_causal", False)):
+            if not getattr(layer, "takes_key_ranges", False):
                 which = f"layer {i}, a {type(layer).__name__}, or a part of it takes none"
                 raise checks.fail(name, f"None, since {which}", "a tensor")
 

@@ -259,11 +259,14 @@ class TransformerEncoder(nn.TransformerEncoder):
         ranges = given(src_key_ranges=src_key_ranges)
         check_takes_ranges(self, **ranges)
         seqlen = _seqlen(src, self.layers)
-        if not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
-            # Layers of other classes get the masks in the form that the parent class passes.
+        if all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
+            mask, is_causal = mask_and_flag(mask, is_causal, src_key_padding_mask, seqlen)
+        else:
+            # Other layers get the masks in the form that the parent class passes.
             mask = dense_mask(mask, is_causal, seqlen, src.device)
-            return super().forward(src, mask, src_key_padding_mask, is_causal)
-        mask, is_causal = mask_and_flag(mask, is_causal, src_key_padding_mask, seqlen)
+            if not ranges:
+                return super().forward(src, mask, src_key_padding_mask, is_causal)
+            is_causal = bool(is_causal)
         for layer in self.layers:
             src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal, **ranges)
         return src if self.norm is None else self.norm(src)
@@ -566,12 +569,17 @@ class TransformerDecoder(nn.TransformerDecoder):
         ranges = given(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
         check_takes_ranges(self, **ranges)
         seqlen = _seqlen(tgt, self.layers)
-        if cache is None and not all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
+        # With a cache, self-attention is causal by itself.
+        if cache is not None or all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
+            tgt_mask, tgt_is_causal = mask_and_flag(tgt_mask, tgt_is_causal, tgt_key_padding_mask, seqlen)
+        else:
             tgt_mask = dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt.device)
-            return super().forward(
-                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-                tgt_is_causal, memory_is_causal,
-            )  # fmt: skip
+            if not ranges:
+                return super().forward(
+                    tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                    tgt_is_causal, memory_is_causal,
+                )  # fmt: skip
+            tgt_is_causal = bool(tgt_is_causal)
         if cache is None:
             caches: list[Any] = [{}] * len(self.layers)
         else:
@@ -580,7 +588,6 @@ class TransformerDecoder(nn.TransformerDecoder):
             first: Any = self.layers[0]
             if type(first) is not TransformerDecoderLayer:  # which may pass another tensor to its attention
                 check_memory(first, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, None)
-        tgt_mask, tgt_is_causal = mask_and_flag(tgt_mask, tgt_is_causal, tgt_key_padding_mask, seqlen)
         with contextlib.nullcontext() if cache is None else restoring_layers(cache.layers):
             for layer, layer_cache in zip(self.layers, caches, strict=True):
                 tgt = layer(

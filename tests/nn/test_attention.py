@@ -385,7 +385,6 @@ def test_causal_bias_objects_mean_the_mask_that_they_describe(bias: Any, options
 @pytest.mark.parametrize(
     ("shapes", "arguments", "error", "name"),
     [
-        (((L, N, E),) * 3, {"is_causal": True}, RuntimeError, "attn_mask"),
         (((L, N, E),) * 3, {"attn_mask": torch.zeros(L, L, dtype=torch.int64)}, AssertionError, "attn_mask"),
         (((L, N, E),) * 3, {"key_padding_mask": torch.zeros(N, L, dtype=torch.int64)}, AssertionError, "key_padding"),
         (((L, N, E),) * 3, {"attn_mask": torch.zeros(L, S)}, RuntimeError, "attn_mask"),

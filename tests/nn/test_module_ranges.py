@@ -330,8 +330,7 @@ def test_layers_that_take_no_ranges():
     foreign, other = TransformerEncoderLayer(**LAYER), TransformerEncoderLayer(**LAYER)
     foreign.self_attn = OtherAttention(WIDTH, HEADS, batch_first=True, dtype=torch.float64)
     other.self_attn = OtherSignature(WIDTH, HEADS, batch_first=True, dtype=torch.float64)
-    wrapped = ForeignLayer(TransformerEncoderLayer(**LAYER))
-    for layer in (foreign, other, OtherForward(**LAYER), OtherBlock(**LAYER), wrapped):
+    for layer in (foreign, other, OtherForward(**LAYER), OtherBlock(**LAYER)):
         encoder = TransformerEncoder(TransformerEncoderLayer(**LAYER), 2)
         encoder.layers[1] = layer
         message = f"src_key_ranges: expected None, since layer 1, a {type(layer).__name__}, or a part of it takes none"
@@ -341,8 +340,20 @@ def test_layers_that_take_no_ranges():
                 call(*arguments, src_key_ranges=ranges)
     with pytest.raises(ValueError, match=r"src_key_ranges: expected None, since .*_sa_block or OtherAttention takes"):
         foreign(rows, src_key_ranges=ranges)
-    encoder.layers[1] = AnyKeyword(**LAYER)
-    assert not torch.allclose(encoder(rows, src_key_ranges=ranges), encoder(rows))
+
+
+@pytest.mark.parametrize("masks", [{}, {"is_causal": True}, {"mask": torch.ones(LENGTH, LENGTH).triu(1).bool()}])
+def test_layers_that_read_no_flag_take_ranges(masks: dict):
+    """They get ranges beside the causal mask itself."""
+    ranges, rows = ranges_of("each entry"), x(1)
+    encoder = TransformerEncoder(TransformerEncoderLayer(**LAYER, dropout=0.0), 2)
+    expected = encoder(rows, src_key_ranges=ranges, **masks)
+    any_keyword = AnyKeyword(**LAYER, dropout=0.0)
+    any_keyword.load_state_dict(encoder.layers[1].state_dict())
+    for layer in (any_keyword, ForeignLayer(encoder.layers[1])):
+        encoder.layers[1] = layer
+        assert not getattr(layer, "takes_is_causal", False)
+        torch.testing.assert_close(encoder(rows, src_key_ranges=ranges, **masks), expected)
 
 
 def test_stacks_that_take_no_ranges():
