@@ -35,9 +35,12 @@ class Model(Protocol):
     sos_id: int
     eos_id: int
     max_len: int
-    tgt_embedding: nn.Embedding
     decoder: Any
     generator: Any
+
+    @property
+    def tgt_vocab_size(self) -> int:
+        """The number of target tokens."""
 
     @property
     def takes_cache(self) -> bool:
@@ -119,7 +122,7 @@ class Search:
         self.float_dtype = torch.promote_types(memory.dtype, torch.float32)
         self.log_probs = torch.zeros(self.tokens.shape, dtype=self.float_dtype, device=device)
         self.has_ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        vocab = model.tgt_embedding.num_embeddings
+        vocab = model.tgt_vocab_size
         self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=device)
         self.is_stop[torch.tensor([model.eos_id, *settings.stop_ids], device=device)] = True
         self.is_excluded = torch.zeros(vocab, dtype=torch.bool, device=device)
@@ -441,7 +444,7 @@ def check(
         raise checks.fail("repetition_penalty", "a finite number > 0", settings.repetition_penalty)
     if not math.isfinite(settings.length_penalty):
         raise checks.fail("length_penalty", "a finite number", settings.length_penalty)
-    vocab = model.tgt_embedding.num_embeddings
+    vocab = model.tgt_vocab_size
     for token in settings.stop_ids:
         if not 0 <= token < vocab or token in (model.pad_id, model.sos_id):
             raise checks.fail("stop_ids", f"tokens in [0, {vocab}) without pad_id and sos_id", token)
@@ -485,7 +488,7 @@ def _check_prefix(model: Model, src: Tensor, prefix: Tensor, settings: Settings)
         raise TypeError(f"prefix: expected int64 or int32 tokens, got {prefix.dtype}")
     if prefix.dim() != 2 or prefix.shape[0] != src.shape[0]:
         raise checks.fail("prefix", f"shape (B, P) with B = {src.shape[0]}", tuple(prefix.shape))
-    vocab = model.tgt_embedding.num_embeddings
+    vocab = model.tgt_vocab_size
     if prefix.numel():
         least, greatest = (x.item() for x in prefix.aminmax())
         if not 0 <= least <= greatest < vocab:

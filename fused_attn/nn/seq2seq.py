@@ -427,6 +427,11 @@ class Seq2SeqTransformer(nn.Module):
         """Whether `decode` takes a cache. Every layer of the decoder must take its part of the cache."""
         return getattr(self.decoder, "takes_cache", False)
 
+    @property
+    def tgt_vocab_size(self) -> int:
+        """The number of target tokens. A module, such as an adapter, may have wrapped the embedding."""
+        return _num_tokens(self.tgt_embedding)
+
     def _embed(self, name: str, tokens: Tensor, embedding: nn.Embedding, start: int | Tensor = 0) -> Tensor:
         """Embeds tokens (B, L), the first of which has the position `start`; returns (B, L, E).
 
@@ -451,7 +456,7 @@ class Seq2SeqTransformer(nn.Module):
             x = embedding(tokens)
         except IndexError:
             bounds = tokens.min().item(), tokens.max().item()
-            expected = f"tokens in [0, {embedding.num_embeddings})"
+            expected = f"tokens in [0, {_num_tokens(embedding)})"
             raise checks.fail(name, expected, f"{bounds[0]} to {bounds[1]}") from None
         x = x * math.sqrt(self.d_model)
         if self.positional == "learned":
@@ -503,6 +508,11 @@ def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) 
     rate = torch.exp(torch.arange(0, d_model, 2, device=device, dtype=torch.float64) * (-math.log(10000.0) / d_model))
     table = torch.stack(((position * rate).sin(), (position * rate).cos()), dim=-1).flatten(1)
     return table[:, :d_model].to(dtype or torch.get_default_dtype())
+
+
+def _num_tokens(embedding: Any) -> int:
+    """The number of tokens of an embedding, which another module may have wrapped."""
+    return next(module.num_embeddings for module in embedding.modules() if isinstance(module, nn.Embedding))
 
 
 def _check_vocabularies(

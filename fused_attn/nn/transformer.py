@@ -3,7 +3,7 @@
 These are thin subclasses. Parameters, feed-forward blocks and initialisation are those of the parents. Three things
 differ:
 
-- Attention always runs on the fused kernel. There is no inference fast path, and there are no nested tensors.
+- Attention always runs on the fused kernel. There is no inference fast path, so no nested tensors are made.
 - Bool masks stay bool, so that the kernel can skip padding. Ranges of keys take the place of a mask (L, S).
 - Decoders take a cache.
 
@@ -241,7 +241,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             src_key_ranges: (S, R, 2), (N, S, R, 2) or (N, nhead, S, R, 2) int32, see `TransformerEncoderLayer`.
 
         Raises:
-            AssertionError: src is a nested tensor, or src or a mask does not fit.
+            AssertionError: src is a nested tensor with layout=torch.strided, or src or a mask does not fit.
             RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
             TypeError, ValueError: src_key_ranges does not fit, or a layer takes none.
         """
@@ -254,8 +254,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         checks.check_tensors(mask=mask, src_key_padding_mask=src_key_padding_mask)
         check_compared("mask", mask)
         check_hint("is_causal", is_causal)
-        if src.is_nested:
-            raise AssertionError("src: expected a padded tensor with a src_key_padding_mask, got a nested tensor")
+        if src.is_nested and src.layout is torch.strided:
+            expected = "a padded tensor with a src_key_padding_mask, or a nested tensor with layout=torch.jagged"
+            raise AssertionError(f"src: expected {expected}, got one with layout=torch.strided")
         ranges = given(src_key_ranges=src_key_ranges)
         check_takes_ranges(self, **ranges)
         seqlen = _seqlen(src, self.layers)

@@ -202,6 +202,15 @@ def test_greedy(changes):
     assert torch.equal(tokens, one_by_one(model, src, 12))
 
 
+def test_an_embedding_that_an_adapter_wraps():
+    model = make_model()
+    expected = model.generate(SRC, max_new_tokens=8)
+    model.tgt_embedding = nn.Sequential(model.tgt_embedding, nn.Identity())
+    assert torch.equal(model.generate(SRC, max_new_tokens=8), expected)
+    with pytest.raises(ValueError, match=r"tgt: expected tokens in \[0, \d+\), got 0 to 1000"):
+        model(SRC, torch.tensor([[0, 1000]]).expand(len(SRC), 2))
+
+
 def test_the_greedy_cases_end_at_different_lengths():
     lengths = {
         length

@@ -390,6 +390,16 @@ def test_an_encoder_names_a_nested_input() -> None:
         fused.TransformerEncoder(fused.TransformerEncoderLayer(**SIZES, batch_first=True), 1)(src)
 
 
+def test_an_encoder_takes_jagged_tensors() -> None:
+    encoder = fused.TransformerEncoder(fused.TransformerEncoderLayer(**SIZES, batch_first=True), 2)
+    rows = [torch.randn(length, E) for length in (5, 9, 2)]
+    src = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    for is_causal in (False, True):
+        out = encoder(src, is_causal=is_causal)
+        for found, row in zip(out.unbind(), rows, strict=True):
+            torch.testing.assert_close(found, encoder(row[None], is_causal=is_causal)[0])
+
+
 def test_a_cache_for_another_number_of_layers_raises() -> None:
     decoder = fused.TransformerDecoder(fused.TransformerDecoderLayer(**SIZES), 2)
     with pytest.raises(ValueError, match="cache: expected one for 2 layers, got one for 3"):
