@@ -189,7 +189,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values that a decoder keeps between decoding steps. The buffers grow with the target.
+    """The keys and values that a decoder, or a causal encoder, keeps between steps. The buffers grow with the target.
 
     >>> import torch
     >>> from fused_attn import KVCache, TransformerDecoder, TransformerDecoderLayer

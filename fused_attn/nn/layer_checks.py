@@ -13,6 +13,7 @@ from fused_attn.attention.causal_bias import causal_bias
 from fused_attn.nn.arguments import accepts, batch_layout, check_divides, check_mask_dtype, check_sizes
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.attention_mask import ranges_of_heads
+from fused_attn.nn.paged_self_attention import paged_hint
 
 if TYPE_CHECKING:
     from fused_attn.nn.cache import CrossAttentionCache
@@ -91,6 +92,14 @@ def check_decoder_masks(
         memory_key_padding_mask=memory_key_padding_mask,
     )  # fmt: skip
     checks.check_flag("memory_is_causal", memory_is_causal)
+
+
+def check_layer_cache(cache: Any) -> None:
+    """Raises TypeError unless the cache is None or that of a layer."""
+    if cache is not None and not hasattr(cache, "self_attention"):
+        raise TypeError(
+            f"cache: expected a layer's cache such as cache.layers[i], got {type(cache).__name__}{paged_hint(cache)}"
+        )
 
 
 def takes_ranges(block: Callable, attention: Any) -> bool:

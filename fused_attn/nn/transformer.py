@@ -5,7 +5,7 @@ differ:
 
 - Attention always runs on the fused kernel. There is no inference fast path, so no nested tensors are made.
 - Bool masks stay bool, so that the kernel can skip padding. Ranges of keys take the place of a mask (L, S).
-- Decoders take a cache.
+- Encoders and decoders take a cache.
 
 A stack passes plain tensors to its layers, because hooks, checkpoints and mixed precision handle tensors. If the
 contents of a mask turn out to be causal, the stack may pass None and is_causal=True in its place. Three attributes of a
@@ -42,6 +42,7 @@ from fused_attn.nn.layer_checks import (
     check_decoder_masks,
     check_hint,
     check_layer,
+    check_layer_cache,
     check_memory,
     check_module,
     check_ranges,
@@ -113,24 +114,29 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
         *,
         src_key_ranges: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """The layer's output, laid out as src: (S, N, E), or (N, S, E) with batch_first, or (S, E).
 
         Args:
-            src: the sequences.
+            src: the sequences. With a cache: only their new rows.
             src_mask: (S, S) or (N * nhead, S, S). Bool: True = may NOT attend. Floating point: added to the scores.
             src_key_padding_mask: (N, S) or (S,). Bool: True = ignore the key. Floating point: added to the scores.
+                With a cache, the mask covers all rows so far.
             is_causal: a hint that src_mask is the causal mask, see `FusedMultiheadAttention`. Without a src_mask,
                 is_causal=True means the causal mask itself.
             src_key_ranges: (S, R, 2), (N, S, R, 2) or (N, nhead, S, R, 2) int32, the R ranges of keys that a query
-                sees, see `fused_attention`. The batch comes first whether batch_first is True or False.
+                sees, see `fused_attention`. The batch comes first whether batch_first is True or False. None with a
+                cache.
+            cache: the part of a `KVCache` that belongs to this layer, ``cache.layers[i]``. Self-attention is then
+                causal without a src_mask.
 
         Raises:
             AssertionError, RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
-            TypeError, ValueError: src_key_ranges does not fit.
+            TypeError, ValueError: src_key_ranges or the cache does not fit.
         """
         if has_torch_function_variadic(src):
-            options = given(src_key_ranges=src_key_ranges)
+            options = given(src_key_ranges=src_key_ranges, cache=cache)
             node = call_node(self, src, src_mask, src_key_padding_mask, is_causal, **options)
             if node is not None:
                 return node
@@ -139,23 +145,35 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, src_key_ranges=src_key_ranges
         )
         checks.check_flag("is_causal", is_causal)
-        masks, ranges = (src_mask, src_key_padding_mask, is_causal), given(key_ranges=src_key_ranges)
+        check_layer_cache(cache)
+        masks, options = (src_mask, src_key_padding_mask, is_causal), given(key_ranges=src_key_ranges)
         if src_key_ranges is not None:
             check_ranges("src_key_ranges", src_key_ranges, src, self._sa_block, self.self_attn)
-        is_native = native_layer.is_plain(self, ENCODER_BLOCKS)
-        step = native_layer.self_attention(self, src, masks) if is_native and not ranges else None
-        x = step.run() if step else _residual(self, src, self.norm1, lambda y: self._sa_block(y, *masks, **ranges))
-        step = native_layer.feed_forward(self, x) if is_native else None
-        return step.run() if step else _residual(self, x, self.norm2, self._ff_block)
+            if cache is not None:
+                raise checks.fail("src_key_ranges", "None with a cache", "a tensor")
+        if cache is not None:
+            options["cache"] = cache.self_attention
+        with contextlib.nullcontext() if cache is None else restoring_layers([cache]):
+            is_native = native_layer.is_plain(self, ENCODER_BLOCKS)
+            step = None
+            if is_native and src_key_ranges is None:
+                step = native_layer.self_attention(self, src, masks, options.get("cache"))
+            x = step.run() if step else _residual(self, src, self.norm1, lambda y: self._sa_block(y, *masks, **options))
+            step = native_layer.feed_forward(self, x) if is_native else None
+            return step.run() if step else _residual(self, x, self.norm2, self._ff_block)
 
     def _sa_block(
-        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False,
-        *, key_ranges: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The self-attention of x, after dropout, in the shape of x. The parent class has no ranges of keys."""
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, **given(key_ranges=key_ranges)}
-        out = self.self_attn(x, x, x, need_weights=False, is_causal=is_causal, **masks)[0]
-        return element_dropout.call(self.dropout1, out)
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        *,
+        key_ranges: Tensor | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        """The self-attention of x, after dropout, in the shape of x. The parent class has no ranges, no cache."""
+        return _self_attention(self, x, is_causal, attn_mask, key_padding_mask, key_ranges, cache)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         """The feed-forward block of x, after dropout, in the shape of x."""
@@ -171,6 +189,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     def takes_key_ranges(self) -> bool:
         """Whether src_key_ranges may be passed. The class of the self-attention decides this."""
         return accepts(self.forward, "src_key_ranges") and takes_ranges(self._sa_block, self.self_attn)
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether a cache may be passed. The class of the self-attention decides this."""
+        return _takes_cache(self)
 
 
 ENCODER_BLOCKS = native_layer.blocks_of(TransformerEncoderLayer)
@@ -229,24 +252,28 @@ class TransformerEncoder(nn.TransformerEncoder):
         is_causal: bool | None = None,
         *,
         src_key_ranges: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The output of the last layer, laid out as src: (S, N, E), or (N, S, E) with batch_first, or (S, E).
 
         Args:
-            src: the sequences.
+            src: the sequences. With a cache: only their new rows.
             mask: (S, S) or (N * nhead, S, S). Bool: True = may NOT attend. Floating point: added to the scores.
             src_key_padding_mask: (N, S) or (S,). Bool: True = ignore the key. Floating point: added to the scores.
+                With a cache, the mask covers all rows so far.
             is_causal: a hint that mask is the causal mask. None means: compare the contents of the mask. Without a
                 mask, is_causal=True means the causal mask itself.
             src_key_ranges: (S, R, 2), (N, S, R, 2) or (N, nhead, S, R, 2) int32, see `TransformerEncoderLayer`.
+            cache: keys and values of the rows so far. The layers are then causal without a mask: a model that sees no
+                memory, such as GPT, decodes step by step.
 
         Raises:
             AssertionError: src is a nested tensor with layout=torch.strided, or src or a mask does not fit.
             RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
-            TypeError, ValueError: src_key_ranges does not fit, or a layer takes none.
+            TypeError, ValueError: src_key_ranges or the cache does not fit, or a layer takes none.
         """
         if has_torch_function_variadic(src):
-            options = given(src_key_ranges=src_key_ranges)
+            options = given(src_key_ranges=src_key_ranges, cache=cache)
             node = call_node(self, src, mask, src_key_padding_mask, is_causal, **options)
             if node is not None:
                 return node
@@ -260,7 +287,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         ranges = given(src_key_ranges=src_key_ranges)
         check_takes_ranges(self, **ranges)
         seqlen = _seqlen(src, self.layers)
-        if all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
+        caches = _caches_of_layers(self, cache)
+        # With a cache, self-attention is causal by itself.
+        if cache is not None or all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             mask, is_causal = mask_and_flag(mask, is_causal, src_key_padding_mask, seqlen)
         else:
             # Other layers get the masks in the form that the parent class passes.
@@ -268,14 +297,21 @@ class TransformerEncoder(nn.TransformerEncoder):
             if not ranges:
                 return super().forward(src, mask, src_key_padding_mask, is_causal)
             is_causal = bool(is_causal)
-        for layer in self.layers:
-            src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal, **ranges)
-        return src if self.norm is None else self.norm(src)
+        masks: dict[str, Any] = {"src_mask": mask, "src_key_padding_mask": src_key_padding_mask}
+        with contextlib.nullcontext() if cache is None else restoring_layers(cache.layers):
+            for layer, layer_cache in zip(self.layers, caches, strict=True):
+                src = layer(src, **masks, is_causal=is_causal, **ranges, **layer_cache)
+            return src if self.norm is None else self.norm(src)
 
     @property
     def takes_is_causal(self) -> bool:
         """Whether is_causal=True without a mask is the causal mask. This holds for layers of any class."""
         return runs_methods_of(TransformerEncoder, self, "forward")
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether a cache may be passed. Every layer must take its part of the cache."""
+        return all(getattr(layer, "takes_cache", False) for layer in self.layers)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -385,11 +421,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
         checks.check_tensors(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
         checks.check_flag("tgt_is_causal", tgt_is_causal)
-        if cache is not None and not hasattr(cache, "self_attention"):
-            raise TypeError(
-                "cache: expected a layer's cache such as cache.layers[i], got "
-                f"{type(cache).__name__}{paged_hint(cache)}"
-            )
+        check_layer_cache(cache)
         is_nested = tgt.is_nested or memory.is_nested
         if type(self) is TransformerDecoderLayer and not is_nested and not modes.is_jit_tracing():
             cross_cache = None if cache is None else cache.cross_attention
@@ -434,8 +466,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     @property
     def takes_cache(self) -> bool:
         """Whether a cache may be passed. The class of the self-attention decides this."""
-        is_accepted = accepts(self.forward, "cache") and accepts(self._sa_block, "cache")
-        return is_accepted and getattr(self.self_attn, "takes_cache", False)
+        return _takes_cache(self)
 
     @property
     def takes_key_ranges(self) -> bool:
@@ -454,11 +485,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         cache: AttentionCache | None = None,
     ) -> Tensor:
         """The self-attention of x, after dropout, in the shape of x. The parent class has no ranges, no cache."""
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, **given(key_ranges=key_ranges)}
-        options: dict[str, Any] = {"is_causal": is_causal}
-        if cache is not None:
-            options["cache"] = cache
-        return element_dropout.call(self.dropout1, self.self_attn(x, x, x, need_weights=False, **masks, **options)[0])
+        return _self_attention(self, x, is_causal, attn_mask, key_padding_mask, key_ranges, cache)
 
     def _mha_block(
         self,
@@ -581,11 +608,8 @@ class TransformerDecoder(nn.TransformerDecoder):
                     tgt_is_causal, memory_is_causal,
                 )  # fmt: skip
             tgt_is_causal = bool(tgt_is_causal)
-        if cache is None:
-            caches: list[Any] = [{}] * len(self.layers)
-        else:
-            self._check_cache(cache)
-            caches = [{"cache": layer_cache} for layer_cache in cache.layers]
+        caches = _caches_of_layers(self, cache)
+        if cache is not None:
             first: Any = self.layers[0]
             if type(first) is not TransformerDecoderLayer:  # which may pass another tensor to its attention
                 check_memory(first, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, None)
@@ -604,15 +628,6 @@ class TransformerDecoder(nn.TransformerDecoder):
                     **layer_cache,
                 )
             return tgt if self.norm is None else self.norm(tgt)
-
-    def _check_cache(self, cache: Any) -> None:
-        """Raises TypeError or ValueError unless the layers take this cache."""
-        if not hasattr(cache, "layers"):
-            raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}{paged_hint(cache)}")
-        if len(cache.layers) != len(self.layers):
-            raise checks.fail("cache", f"one for {len(self.layers)} layers", f"one for {len(cache.layers)}")
-        if not self.takes_cache:
-            raise checks.fail("cache", "None, since a layer or its self-attention takes no cache", "one")
 
     def recorded_step(
         self, tgt: Tensor, memory: Tensor, memory_key_padding_mask: Tensor | None, cache: KVCache
@@ -639,7 +654,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         if type(self) is not TransformerDecoder or not is_called_plainly(self):
             return None
         padding = memory_key_padding_mask
-        self._check_cache(cache)
+        _caches_of_layers(self, cache)
         step = native_layer.record(self.layers, DECODER_BLOCKS, self.norm, tgt, memory, padding, cache)
         if step is None:
             return None
@@ -814,6 +829,45 @@ class Transformer(nn.Transformer):
             memory_key_padding_mask=memory_key_padding_mask, tgt_is_causal=tgt_is_causal,
             memory_is_causal=memory_is_causal, **of_decoder,
         )  # fmt: skip
+
+
+def _self_attention(
+    layer: Any,
+    x: Tensor,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    key_ranges: Tensor | None,
+    cache: AttentionCache | None,
+) -> Tensor:
+    """The self-attention of a layer, after dropout, in the shape of x."""
+    masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
+    options = given(key_ranges=key_ranges, cache=cache)  # a module with torch's own signature takes neither
+    return element_dropout.call(layer.dropout1, layer.self_attn(x, x, x, need_weights=False, **masks, **options)[0])
+
+
+def _takes_cache(layer: Any) -> bool:
+    """Whether a cache may be passed to a layer. The class of the self-attention decides this."""
+    is_accepted = accepts(layer.forward, "cache") and accepts(layer._sa_block, "cache")
+    return is_accepted and getattr(layer.self_attn, "takes_cache", False)
+
+
+def _caches_of_layers(stack: Any, cache: KVCache | None) -> list[dict[str, Any]]:
+    """What each layer of a stack gets of the cache, as keyword arguments.
+
+    Raises:
+        TypeError: the cache is no `KVCache`.
+        ValueError: the layers do not take this cache.
+    """
+    if cache is None:
+        return [{}] * len(stack.layers)
+    if not hasattr(cache, "layers"):
+        raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}{paged_hint(cache)}")
+    if len(cache.layers) != len(stack.layers):
+        raise checks.fail("cache", f"one for {len(stack.layers)} layers", f"one for {len(cache.layers)}")
+    if not stack.takes_cache:
+        raise checks.fail("cache", "None, since a layer or its self-attention takes no cache", "one")
+    return [{"cache": layer_cache} for layer_cache in cache.layers]
 
 
 def _residual(layer: Any, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
