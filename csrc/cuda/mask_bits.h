@@ -9,8 +9,7 @@
 
 namespace fused_attn::gpu {
 
-constexpr int32_t kGranule = 32;            // queries, and keys, of a granule
-constexpr int32_t kMaskWordsAlignment = 8;  // blocks have at most 256 queries or keys
+constexpr int32_t kGranule = 32;  // queries, and keys, of a granule
 
 // Whether a part of the mask has visible entries, and whether it has hidden ones. Both may be true. `bits` holds up to
 // four bytes of the map, for neighbouring granules; the functions ask about all of them together. Entries beyond the

@@ -654,7 +654,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         if type(self) is not TransformerDecoder or not is_called_plainly(self):
             return None
         padding = memory_key_padding_mask
-        _caches_of_layers(self, cache)
+        _check_cache(self, cache)
         step = native_layer.record(self.layers, DECODER_BLOCKS, self.norm, tgt, memory, padding, cache)
         if step is None:
             return None
@@ -853,21 +853,21 @@ def _takes_cache(layer: Any) -> bool:
 
 
 def _caches_of_layers(stack: Any, cache: KVCache | None) -> list[dict[str, Any]]:
-    """What each layer of a stack gets of the cache, as keyword arguments.
-
-    Raises:
-        TypeError: the cache is no `KVCache`.
-        ValueError: the layers do not take this cache.
-    """
+    """What each layer of a stack gets of the cache, as keyword arguments."""
     if cache is None:
         return [{}] * len(stack.layers)
+    _check_cache(stack, cache)
+    return [{"cache": layer_cache} for layer_cache in cache.layers]
+
+
+def _check_cache(stack: Any, cache: Any) -> None:
+    """Raises TypeError or ValueError unless the layers of a stack take this cache."""
     if not hasattr(cache, "layers"):
         raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}{paged_hint(cache)}")
     if len(cache.layers) != len(stack.layers):
         raise checks.fail("cache", f"one for {len(stack.layers)} layers", f"one for {len(cache.layers)}")
     if not stack.takes_cache:
         raise checks.fail("cache", "None, since a layer or its self-attention takes no cache", "one")
-    return [{"cache": layer_cache} for layer_cache in cache.layers]
 
 
 def _residual(layer: Any, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
