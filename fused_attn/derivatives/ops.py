@@ -84,6 +84,15 @@ def _attention(*arguments):
     return out, lse, row_max if needs_max else inputs.query.new_empty(0, dtype=problem.accumulate_dtype)
 
 
+def by_formula(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the reference formula, in operators of torch."""
+    inputs, others = take(Inputs, arguments)
+    scalars, (_, needs_max) = take(Scalars, others)
+    problem = _problem_of(inputs, scalars)
+    out, lse, row_max = formula.forward(problem, inputs)
+    return out, lse, row_max if needs_max else inputs.query.new_empty(0, dtype=problem.accumulate_dtype)
+
+
 @torch.library.register_fake("fused_attn::attention", lib=_library)
 def _attention_fake(*arguments):
     """Empty tensors with the shapes, dtypes and strides of the results, which torch traces in their place."""
