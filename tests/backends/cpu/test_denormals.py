@@ -72,6 +72,15 @@ def test_denormal_inputs_keep_their_value(queries: int, isa: str) -> None:
     torch.testing.assert_close(out, (logits.softmax(-1) @ value.double()).float())
 
 
+@pytest.mark.parametrize("queries", [1, 100])
+def test_outputs_of_1e_31_are_exact(queries: int, isa: str) -> None:
+    """With values of 1e-35, terms of the sums are zero, and the largest error is 2e-3 of the largest output."""
+    query, key, value = random_inputs(queries, keys=70)
+    out = fused_attn.fused_attention(query, key, value * 1e-31, backend="cpu")
+    expected = fused_attn.fused_attention(query.double(), key.double(), value.double() * 1e-31, backend="reference")
+    assert (out - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("queries", [1, 512])
 def test_torch_keeps_denormal_results(queries: int, threads: int, isa: str) -> None:
