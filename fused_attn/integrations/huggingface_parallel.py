@@ -28,7 +28,7 @@ from fused_attn.attention import checks
 from fused_attn.distributed import context_parallel_attention, shard_sequence
 from fused_attn.distributed.attention import METHODS
 from fused_attn.distributed.sequence import group_of
-from fused_attn.integrations import huggingface
+from fused_attn.integrations import huggingface, huggingface_masks
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -221,7 +221,7 @@ class _Ranks:
             options["sinks"].register_hook(functools.partial(torch.mul, other=1.0 / self.world))
         out: Any = context_parallel_attention(
             query, key, value, mesh=self.mesh, method=self.method, seqlens=(self.length, self.length),
-            key_padding_mask=~attention_mask[:, 0, 0, 0], **options, **huggingface.band_of(attention_mask),
+            key_padding_mask=~attention_mask[:, 0, 0, 0], **options, **huggingface_masks.band_of(attention_mask),
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 

@@ -23,7 +23,8 @@ from models import BATCH, BY_ID, CASES, LENGTH, SOURCE_LENGTH, Case, results  # 
 from transformers import masking_utils  # noqa: E402
 
 from fused_attn.backends import cpu  # noqa: E402
-from fused_attn.integrations import huggingface  # noqa: E402
+from fused_attn.integrations import huggingface, huggingface_masks  # noqa: E402
+from fused_attn.integrations.huggingface_models import INTERFACE  # noqa: E402
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 MODEL_FILES = sorted(pathlib.Path(transformers.__file__).parent.glob("models/*/modeling_*.py"))
@@ -560,7 +561,7 @@ def test_sequences_of_the_callers_own_mask_may_return() -> None:
     own = masking_utils.packed_sequence_mask_function(ids)
     mask = masking_utils.create_causal_mask(config, torch.zeros(1, 7, 32), None, None, and_mask_function=own)
     expected = (ids[:, :, None] == ids[:, None]).tril()[:, None]
-    assert torch.equal(huggingface._masks(None, mask, torch.zeros(1, 1, 7, 8), False)["attn_mask"], expected)
+    assert torch.equal(huggingface_masks.masks_of(None, mask, torch.zeros(1, 1, 7, 8), False)["attn_mask"], expected)
 
 
 # ---- The bias of T5
@@ -786,11 +787,11 @@ def test_files_that_mix_the_interface_with_attention_of_their_own() -> None:
     found = set()
     for path in MODEL_FILES:
         text = path.read_text()
-        if huggingface._INTERFACE not in text or re.search(r"create_\w*mask\w*\(", text) is None:
+        if INTERFACE not in text or re.search(r"create_\w*mask\w*\(", text) is None:
             continue
         for body in re.split(r"^class ", text, flags=re.MULTILINE)[1:]:
             name = re.match(r"\w+", body)[0]
-            if "softmax(" in body and huggingface._INTERFACE not in body and re.search("Attn|Attention", name):
+            if "softmax(" in body and INTERFACE not in body and re.search("Attn|Attention", name):
                 found.add(name)
     assert found >= REFUSED_CLASSES or VERSION < (5, 23)
     assert found <= REFUSED_CLASSES | FOUND_HARMLESS
