@@ -290,6 +290,27 @@ FA_NOINLINE void clear_gradient(const KeyGradient<Policy>& gradient, int64_t cou
   }
 }
 
+// The largest number of keys of a slab whose rows of dkey and dvalue are prefetched. Those of more keys would not stay
+// in the second-level cache while a block of queries is processed.
+constexpr int64_t kMostPrefetchedKeys = 512;
+
+// Prefetches the rows of dkey and dvalue of `count` keys of one kv head, before the last block of queries that adds to
+// them. Where dquery, dkey and dvalue are views (B, H, L, D) of tensors (B, L, H, D), each row lies apart from the one
+// before it. Without these prefetches and those of dquery, each of its stores waits for memory. With both, backward of
+// 12 heads of 197 queries and keys, head dim 64, 12 batch entries, takes 0.77 of the time in bfloat16, and 0.86 in
+// float32 (AMX); 512 queries and keys take 0.87 and 0.98.
+template <class Policy>
+FA_NOINLINE void prefetch_key_gradients(const AttentionParams& p, int64_t b, int64_t kv_head, int64_t row,
+                                        int64_t count) {
+  using Storage = typename Policy::Storage;
+  const auto prefetch = [&](const TensorView& view, int64_t dim) {
+    if (view.data == nullptr) return;
+    prefetch_rows(row_of<Storage>(view, b, kv_head, row), view.stride_row, count, static_cast<int>(dim));
+  };
+  prefetch(p.dkey, p.head_dim);
+  prefetch(p.dvalue, p.value_dim);
+}
+
 // What the thread that processes a work item of backward needs: the call, its plan, the memory, and which chunk of
 // keys.
 template <class Policy>
@@ -362,16 +383,18 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, const
   const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
   const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
 
+  const bool wants_dquery = p.dquery.data != nullptr;
+  const bool is_first = slab_begin == item.key_begin();
+  if (wants_dquery && is_first && item.plan.chunks == 1 && !item.plan.sums_dquery)
+    prefetch_rows(rows_of<Storage>(p.dquery, seq, queries), p.dquery.stride_row, nq, head_dim);
   bool is_exact = true;
   if (is_single_pass) is_exact = measure_rows<Policy>(p, seq, item.relative, item.valid_keys, queries, s, rows);
   // Stop here if no query of the block sees a key of the slab. In the first slab, dquery must still be written.
   KeyBlock& keys = *s.key.keys;
   KeyStream stream(p, seq, item.valid_keys, queries, slab_begin, slab_end);
-  const bool is_first = slab_begin == item.key_begin();
   const bool has_keys = stream.next(keys);
   if (!has_keys && !is_first) return is_exact;
 
-  const bool wants_dquery = p.dquery.data != nullptr;
   if (wants_dquery) clear_columns<Lane>(s.dquery, head_dim, vectors);
 
 #if defined(__AMX_BF16__)
@@ -523,6 +546,8 @@ bool backward_kv_head(const BackwardItem<Policy>& item, int64_t b, int64_t kv_he
       clear_gradient(*gradient, count, item.plan.visits_all_keys);
     for (int64_t h = first_head; h < first_head + group_size; ++h) {
       for (int64_t q_begin = 0; q_begin < seq.seqlen_q; q_begin += kBlockQ) {
+        const bool is_last = h + 1 == first_head + group_size && q_begin + kBlockQ >= seq.seqlen_q;
+        if (is_last && count <= kMostPrefetchedKeys) prefetch_key_gradients<Policy>(p, b, kv_head, row, count);
         is_exact &=
             backward_block<Policy>(item, seq, query_block_of(seq, b, h, q_begin), slab_begin, slab_end, dkey, dvalue);
       }

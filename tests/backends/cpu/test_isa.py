@@ -765,8 +765,8 @@ def test_a_row_that_is_not_finite_spoils_no_other_sequence(head_dim: int, isa: s
 
 #: The flags of csrc/CMakeLists.txt.
 FLAGS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mprfchw"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprfchw"],
 }
 FLAGS["avx512_bf16"] = [*FLAGS["avx512"], "-mavx512bf16"]
 FLAGS["amx"] = [*FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]

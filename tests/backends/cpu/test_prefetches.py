@@ -29,34 +29,43 @@ void masked_backward(const AttentionParams& p) { backward_with_policy<ElementPol
 """
 
 
+READ, WRITE = "prefetcht1", "prefetchw"
+
+
 @pytest.fixture(scope="module")
-def prefetches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """The number of prefetch instructions in each function, by its mangled name."""
+def prefetches(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], int]:
+    """How often each function has each prefetch instruction, by the function's mangled name and the instruction."""
     if shutil.which("g++") is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("needs g++ on a processor of the x86-64 family")
     folder = tmp_path_factory.mktemp("prefetches")
     source, assembly = folder / "kernels.cpp", folder / "kernels.s"
     source.write_text(SOURCE)
-    flags = ["-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
+    flags = ["-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-mprfchw", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
     subprocess.run(["g++", "-S", *flags, str(source), "-o", str(assembly)], check=True)
-    counts: dict[str, int] = {}
+    counts: dict[tuple[str, str], int] = {}
     function = ""
     for line in assembly.read_text().splitlines():
         if label := re.match(r"(_Z[\w.]+):", line):
             function = label[1]
-        elif re.match(r"\s+prefetch", line):
-            counts[function] = counts.get(function, 0) + 1
+        elif found := re.match(r"\s+(prefetch\w+)", line):
+            counts[function, found[1]] = counts.get((function, found[1]), 0) + 1
     return counts
 
 
 @pytest.mark.parametrize(
-    ("function", "dtype", "least"),
+    ("function", "dtype", "instruction", "least"),
     [
-        ("forward_block", "BFloat16", 2),  # the dense mask, the dense bias
-        ("backward_block", "BFloat16", 3),  # and the gradient of the dense bias
-        ("forward_block", "ElementPolicyIff", 4),  # the mask, the bias, keys and values
+        ("forward_block", "BFloat16", READ, 2),  # the dense mask, the dense bias
+        ("backward_block", "BFloat16", READ, 2),  # the same
+        ("backward_block", "BFloat16", WRITE, 2),  # the gradients of the query and of the dense bias
+        ("prefetch_key_gradients", "BFloat16", WRITE, 2),  # those of key and value
+        ("forward_block", "ElementPolicyIff", READ, 4),  # the mask, the bias, keys and values
     ],
 )
-def test_kernels_prefetch(prefetches: dict[str, int], function: str, dtype: str, least: int) -> None:
-    found = sum(count for name, count in prefetches.items() if function in name and dtype in name)
-    assert found >= least, f"{function} of {dtype}: {found} prefetches; the functions that have some: {prefetches}"
+def test_kernels_prefetch(
+    prefetches: dict[tuple[str, str], int], function: str, dtype: str, instruction: str, least: int
+) -> None:
+    found = sum(
+        n for (name, kind), n in prefetches.items() if function in name and dtype in name and kind == instruction
+    )
+    assert found >= least, f"{function} of {dtype}: {found} {instruction}; the functions that have some: {prefetches}"
