@@ -41,6 +41,19 @@ def test_transposed_inputs_are_not_copied(generator: torch.Generator) -> None:
         assert grad.is_contiguous()
 
 
+#: Defines ``measure_peak(call)``: by how many KiB the call raises the peak of resident memory.
+MEASURE_PEAK = """
+    def status(name):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+    def measure_peak(call):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = status("VmHWM")
+        call()
+        return status("VmHWM") - before
+"""
+
 SCRIPT = """
     import sys
     import torch
@@ -59,24 +72,36 @@ SCRIPT = """
     if backward:
         warm.sum().backward()
 
-    def status(name):
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+    def call():
+        out = fused_attn.fused_attention(q, k, v, **options, backend="cpu")
+        if backward:
+            out.backward(out.detach())
 
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = status("VmHWM")
-    out = fused_attn.fused_attention(q, k, v, **options, backend="cpu")
-    if backward:
-        out.backward(out.detach())
-    print(status("VmHWM") - before)
+    print(measure_peak(call))
+"""
+
+#: Many sequences of 2 rows and one of 2048, packed.
+PACKED_SCRIPT = """
+    import torch
+    from fused_attn import fused_attention_varlen
+
+    offsets = torch.cat([torch.arange(0, 2000, 2), torch.tensor([2000, 4048])]).int()
+    rows, sinks = torch.randn(4048, 4, 8, requires_grad=True), torch.zeros(4, requires_grad=True)
+
+    def call(offsets):
+        x = rows[: offsets[-1]]
+        out = fused_attention_varlen(x, x, x, offsets, offsets, 2048, 2048, sinks=sinks, backend="cpu")
+        torch.autograd.grad(out, [rows, sinks], out.detach())
+
+    call(offsets[:2])
+    print(measure_peak(lambda: call(offsets)))
 """
 
 
-def extra_kib(length: int, backward: bool, options: dict) -> int:
-    """By how much one call raises the peak of resident memory, in KiB. The call runs in a process of its own."""
-    direction = "backward" if backward else "forward"
+def printed_kib(script: str, *arguments: str) -> int:
+    """The number that the script prints. It runs in a process of its own."""
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(length), direction, repr(options)],
+        [sys.executable, "-c", textwrap.dedent(MEASURE_PEAK) + textwrap.dedent(script), *arguments],
         cwd=Path(fused_attn.__file__).parents[1],
         capture_output=True,
         text=True,
@@ -97,5 +122,13 @@ def test_memory_grows_with_the_length_not_its_square(options: dict, backward: bo
     # A call allocates out and, with gradients, dq, dk, dv, delta and scratch, each 2 MiB. Scores would take 1 GiB, and
     # 32 MiB as bits.
     allowed = (12 if backward else 4) * 2 * 1024
-    measured = extra_kib(16384, backward, options)
+    measured = printed_kib(SCRIPT, "16384", "backward" if backward else "forward", repr(options))
     assert measured < allowed, f"{measured} KiB, expected less than {allowed} KiB"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_short_sequences_need_no_memory_of_a_long_one() -> None:
+    """With sinks, backward keeps four numbers for each row: 125 MiB if each of the 1001 sequences had 2048 rows."""
+    pytest.importorskip("fused_attn._C", reason="the native extension is not built", exc_type=ImportError)
+    measured = printed_kib(PACKED_SCRIPT)
+    assert measured < 16 * 1024, f"{measured} KiB, expected less than 16 MiB"

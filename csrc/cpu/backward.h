@@ -133,7 +133,7 @@ void backward_with_policy(const AttentionParams& p) {
   const Buffer relative_memory(relative_bias_bytes<Lane>(p));
   BackwardPartials<Lane> partials;
   const Buffer partials_memory([&](Arena& arena) { partials.layout(arena, p, plan); });
-  const int64_t rows = plan.is_single_pass ? 0 : p.batch * p.num_heads * RowStatistics<Lane>::rows_of_head(p);
+  const int64_t rows = plan.is_single_pass ? 0 : RowStatistics<Lane>::rows(p);
   RowStatistics<Lane> statistics;
   const Buffer statistics_memory([&](Arena& arena) { statistics.layout(arena, rows); });
   const std::unique_ptr<BackwardScratch<Policy>[]> scratch(new BackwardScratch<Policy>[threads]);

@@ -33,7 +33,8 @@ FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b,
 }
 
 // What backward needs of each query besides the rows of query and dout: arrays [batch][head][seqlen_q, padded to
-// vectors]. In a single pass, the scratch holds these arrays for one block of queries only.
+// vectors], or [head][row] for packed sequences, each of which begins at a whole vector. In a single pass, the scratch
+// holds these arrays for one block of queries only.
 template <class Lane>
 struct RowStatistics {
   Lane* lse;         // +inf for rows that see no key or do not exist, so that their probs are zero
@@ -49,13 +50,28 @@ struct RowStatistics {
     dlse = arena.take<Lane>(rows);
   }
 
-  // Entries of one head: its queries, padded to whole vectors.
-  static int64_t rows_of_head(const AttentionParams& p) { return round_up(p.seqlen_q, kLanes<Lane>); }
+  // The entries of all heads of the call.
+  static int64_t rows(const AttentionParams& p) {
+    if (p.cu_seqlens_q != nullptr) return p.num_heads * first_row(p, p.batch);
+    return p.batch * p.num_heads * round_up(p.seqlen_q, kLanes<Lane>);
+  }
 
   // The statistics of head (b, h), from query i on.
   RowStatistics at(const AttentionParams& p, int64_t b, int64_t h, int64_t i) const {
-    const int64_t row = (b * p.num_heads + h) * rows_of_head(p) + i;
+    const int64_t first = p.cu_seqlens_q != nullptr ? h * first_row(p, p.batch) + first_row(p, b)
+                                                    : (b * p.num_heads + h) * round_up(p.seqlen_q, kLanes<Lane>);
+    const int64_t row = first + i;
     return {lse + row, correction + row, delta + row, dlse + row};
+  }
+
+ private:
+  // The entry of a head with which packed sequence b begins; that of number `batch` is behind the last one. From one
+  // sequence to the next, there are length / n vectors at least, rounded down, and one more, which makes room for the
+  // padding. With as many entries for each sequence as for the longest one, 60000 sequences of 2 rows and one of 8192
+  // would take 63 GB.
+  static int64_t first_row(const AttentionParams& p, int64_t b) {
+    constexpr int64_t n = kLanes<Lane>;
+    return ((int64_t{p.cu_seqlens_q[b]} - p.cu_seqlens_q[0]) / n + b) * n;
   }
 };
 

@@ -8,7 +8,7 @@ import cases
 import pytest
 import torch
 
-from fused_attn import fused_attention_varlen
+from fused_attn import fused_attention, fused_attention_varlen
 from fused_attn.attention.inputs import Inputs
 from fused_attn.attention.problem import Scalars
 
@@ -48,6 +48,34 @@ def test_heads_may_overlap(names: str, backend: str) -> None:
 
     for found, expected in zip(run(lambda x: x), run(torch.Tensor.contiguous), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64])
+def test_gradients_of_long_and_short_sequences(head_dim: int, backend: str) -> None:
+    """They are those of the sequences alone, whatever multiple of a vector a length is not."""
+    lengths = [3, 0, 17, 1, 130, 16, 15, 64, 1]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, dout = torch.randn(4, sum(lengths), 2, head_dim, generator=generator)
+    sinks = torch.tensor([0.5, -1.0])
+
+    def gradients(call: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, sinks)]
+        return torch.autograd.grad(call(*leaves), leaves, dout)
+
+    def packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+        return fused_attention_varlen(
+            query, key, value, offsets, offsets, 130, 130, is_causal=True, sinks=sinks, backend=backend
+        )
+
+    def one_by_one(*tensors: torch.Tensor) -> torch.Tensor:
+        *rows, sinks = tensors
+        sequences = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in rows), strict=True)
+        outs = [fused_attention(*x, is_causal=True, sinks=sinks, backend="reference") for x in sequences]
+        return torch.cat(outs, 2)[0].transpose(0, 1)
+
+    for found, expected in zip(gradients(packed), gradients(one_by_one), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_layer_trains(backend: str) -> None:
