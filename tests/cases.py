@@ -465,6 +465,26 @@ def random_ranges(shape: str, count: int) -> Builder:
     return build
 
 
+def far_ranges(*ranges: tuple[int, int]) -> Builder:
+    """All queries of a head see the same ranges."""
+
+    def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        return torch.tensor(ranges).int()[None]
+
+    return build
+
+
+def first_and_last(first: int, last: int) -> Builder:
+    """Query i sees the first keys, and the last ones up to key i."""
+
+    def build(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        end = torch.arange(case.seqlen_k - case.seqlen_q, case.seqlen_k) + 1
+        own = torch.stack([(end - last).clamp(min=0), end], -1)
+        return torch.stack([torch.tensor([0, first]).expand_as(own), own], -2).int()
+
+    return build
+
+
 def documents(*lengths: int) -> Builder:
     """Each query sees the document that it stands in; ``lengths``: those of the documents, which fill the sequence."""
 
@@ -1455,6 +1475,11 @@ KEY_RANGES = [
          key_ranges=random_ranges("B1L", 2)),
     Case("ranges-decode-heads", heads=4, kv_heads=2, seqlen_q=3, seqlen_k=700, key_ranges=random_ranges("BHL", 2),
          options={"num_splits": 3}),
+    Case("ranges-gap", batch=1, seqlen_q=130, seqlen_k=500, head_dim=64, key_ranges=first_and_last(4, 30)),
+    Case("ranges-gap-padding-window", seqlen_q=70, seqlen_k=500, key_ranges=first_and_last(100, 7),
+         key_padding_mask=scattered_padding, edit=_nan_in_padding, options={"window_size": (440, 460)}),
+    Case("ranges-gaps-bool-mask", seqlen_q=40, seqlen_k=600, attn_mask=bool_mask("11LS", 0.5),
+         key_ranges=far_ranges((450, 470), (-9, 3), (200, 100), (130, 131), (590, 700), (900, 950))),
     Case("ranges-many-keys", batch=1, seqlen_q=20, seqlen_k=1500, key_ranges=random_ranges("L", 4)),
 ]  # fmt: skip
 

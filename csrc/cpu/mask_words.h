@@ -1,5 +1,7 @@
 // The dense mask and the ranges of keys as words of bits: one word for each key, one bit for each of 64 queries.
 #pragma once
+#include <algorithm>
+
 #include "sequence.h"
 
 namespace fused_attn::cpu {
@@ -114,6 +116,20 @@ class MaskWords {
   bool shows_each_key(int64_t j) {
     words(j);
     return shows_each_key_;
+  }
+
+  // The first key from j on that lies in a range of the block's queries, at most `end`. Without ranges, it is j.
+  int64_t next_in_ranges(int64_t j, int64_t end) const {
+    if (ranges_ == nullptr) return j;
+    int64_t next = end;
+    for (int q = 0; q < (stride_ranges_ == 0 ? 1 : nq_); ++q) {
+      const int32_t* ranges = ranges_ + q * stride_ranges_;
+      for (int64_t n = 0; n < num_ranges_; ++n) {
+        if (ranges[2 * n] >= ranges[2 * n + 1] || ranges[2 * n + 1] <= j) continue;
+        next = std::min(next, std::max<int64_t>(ranges[2 * n], j));
+      }
+    }
+    return next;
   }
 
   // Narrows the keys begin ... end - 1 to those from the first to the last one in the ranges of the block's queries. If
