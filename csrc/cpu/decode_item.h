@@ -86,7 +86,7 @@ class ItemDecoder {
 
   // Writes the partial results of all rows, or, if there is one split, the output.
   void run(const ValidKeys* valid_keys) {
-    if (rows_ == 0) return;
+    if (rows_ == 0 || item_.split >= plan_.splits_of(seq_)) return;
     attend(valid_keys);
     // Tiles multiply an infinite value by both parts of a prob, one of which may be zero or negative. So the sum may be
     // NaN where vectors find infinity.
