@@ -696,6 +696,14 @@ def test_named_backend_never_falls_back() -> None:
         fused_attn.fused_attention(wide, wide, wide, backend="cpu")
 
 
+def test_the_native_kernels_number_keys_with_32_bits() -> None:
+    """All keys are the same row of memory."""
+    query, key = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8).expand(1, 1, 2**31, 8)
+    assert fused_attn.explain(query, key, key).chosen != "cpu"
+    with pytest.raises(ValueError, match=r"(?s)backend='cpu' cannot run .*- 2147483648 keys are more than 2147483647"):
+        fused_attn.fused_attention(query, key, key, backend="cpu")
+
+
 def test_named_backend_never_falls_back_when_compiled() -> None:
     wide = torch.zeros(1, 1, 3, 600)
     compiled = torch.compile(fused_attn.fused_attention, backend="eager")

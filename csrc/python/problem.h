@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "../common/attention_params.h"
@@ -198,6 +199,13 @@ inline void set_key_lengths(Problem& problem, const Reader& reader, const Inputs
   if (key_lengths.given && reader.may_look_inside) check_lengths(params, key_lengths, block_table);
 }
 
+// Checks the number of keys. The kernels keep the number of a key in 32 bits.
+inline void check_key_count(const AttentionParams& params, const Argument& key) {
+  constexpr int64_t kMostKeys = std::numeric_limits<int32_t>::max();
+  if (params.seqlen_k > kMostKeys)
+    key.fail("at most " + std::to_string(kMostKeys) + " keys", std::to_string(params.seqlen_k));
+}
+
 // Sets the number of sequences and their lengths. Checks the offsets of packed sequences. Packed queries have packed
 // keys, or keys in pages.
 inline void set_sequences(Problem& problem, const Reader& reader, const Inputs& inputs) {
@@ -244,6 +252,7 @@ inline void set_tensors(Problem& problem, const Reader& reader, const Inputs& in
   set_sizes(problem, inputs, query, key, value);
   set_sequences(problem, reader, inputs);
   set_key_lengths(problem, reader, inputs, key);
+  check_key_count(params, key);
   params.query = rows_view(problem, query, params.num_heads, problem.rows_q, params.head_dim);
   params.key = keys_view(problem, key, params.head_dim);
   params.value = keys_view(problem, value, params.value_dim);

@@ -33,6 +33,8 @@ Tensors = TypeVar("Tensors", Inputs, Saved)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: With more columns, a slab of backward (csrc/cpu/backward_plan.h) would hold too few keys of float64.
 MAX_HEAD_DIM = 512
+#: The kernels keep the number of a key in 32 bits.
+MAX_KEYS = 2**31 - 1
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
@@ -44,6 +46,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     reasons += dtype_reasons(problem, DTYPES)
     if max(problem.head_dim, problem.value_dim) > MAX_HEAD_DIM:
         reasons.append(f"head dim {max(problem.head_dim, problem.value_dim)} is above {MAX_HEAD_DIM}")
+    if problem.seqlen_k > MAX_KEYS:
+        reasons.append(f"{problem.seqlen_k} keys are more than {MAX_KEYS}")
     return reasons
 
 

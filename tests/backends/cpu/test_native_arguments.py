@@ -199,6 +199,14 @@ def test_pages(name: str, make: Callable[[], torch.Tensor]) -> None:
         run_forward(paged_call() | {"key_lengths": None})
 
 
+def test_a_key_has_a_number_of_32_bits() -> None:
+    """All keys are the same row of memory."""
+    key, value = torch.zeros(1, 1, 1, D).expand(1, 1, 2**31, D), torch.zeros(1, 1, 1, DV).expand(1, 1, 2**31, DV)
+    tensors = dict.fromkeys(Inputs._fields) | {"query": torch.zeros(1, 1, 1, D), "key": key, "value": value}
+    with pytest.raises(ValueError, match=r"^key: expected at most 2147483647 keys, got 2147483648"):
+        _C.forward(Inputs(**tensors), (torch.zeros(1, 1, 1, DV), None, None), _C.Config(scale=0.3), 1)
+
+
 @pytest.mark.parametrize("position", range(8))
 def test_the_small_module_checks_its_tensors(position: int) -> None:
     def arguments() -> list[torch.Tensor]:
