@@ -62,8 +62,8 @@ struct DecodePlan {
   int64_t keys_per_split(const Sequence& seq) const { return round_up((seq.seqlen_k + splits - 1) / splits, kBlockK); }
 
   // The number of splits of a sequence that have keys; 1 without any keys. The other splits have no partial results.
-  // With 16 valid keys in a cache of 4096, 32 heads take 0.5 (bfloat16, AMX) and 0.6 (float32) of the time that they take
-  // if each split writes its results, and all are merged.
+  // With 16 valid keys in a cache of 4096, 32 heads take 0.5 (bfloat16, AMX) and 0.6 (float32) of the time that they
+  // take if each split writes its results, and all are merged.
   int64_t splits_of(const Sequence& seq) const {
     if (seq.seqlen_k == 0) return 1;
     const int64_t keys = keys_per_split(seq);

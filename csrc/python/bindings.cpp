@@ -134,8 +134,8 @@ block_table (B, P)             int32; needs key_lengths. The call is paged: key 
                                (num_pages, page_size, Hkv, Dv) hold pages, and S = P * page_size.
 cu_seqlens_q, _k (N + 1,)      int32. With both, the call is packed: N sequences stand one after another. query, key,
                                value, out and dout have the dimensions (rows, heads, columns), and lse, dlse and row_max
-                               (H, rows). The masks above have B = N, L = max_seqlen_q, S = max_seqlen_k, and key_ranges are
-                               not allowed. With the first alone, queries are packed, and their keys are paged.
+                               (H, rows). The masks above have B = N, L = max_seqlen_q, S = max_seqlen_k. There are
+                               no key_ranges. With the first alone, queries are packed, and their keys are paged.
 dlse (B, H, L)                 accumulate, any strides; None = zero
 
 dbias, dkey_bias, drelative_bias and dsinks are accumulate. A broadcast dimension of dbias or drelative_bias is summed
