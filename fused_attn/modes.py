@@ -17,13 +17,15 @@ from torch import Tensor, compiler
 from torch._C import _are_functorch_transforms_active as in_functorch
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 #: The classes of arguments that see no operators.
 _HAVE_NO_OPERATORS = frozenset((Tensor, Parameter, type(None)))
@@ -142,11 +144,26 @@ def is_backward_observed(dout: Tensor | None, dlse: Tensor | None) -> bool:
 
 def can_read(x: Tensor) -> bool:
     """True if the contents of x can be read at once: x is a plain tensor on the CPU, and no tracer records the call."""
-    return type(x) is Tensor and x.is_cpu and has_values(x)
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and not is_watched()
+        and not is_functorch_wrapped_tensor(x)
+    )
 
 
 def has_values(x: Tensor) -> bool:
-    """True if x has contents that a program may read: x is not on "meta", and no tracer or transform sees the call."""
-    return (
-        not torch.compiler.is_compiling() and not x.is_meta and not is_watched() and not is_functorch_wrapped_tensor(x)
-    )
+    """True if x has contents that a program may compare: one tensor, not on "meta", and no tracer records the call.
+
+    Modes that only watch, such as `FlopCounterMode`, and gradients of `torch.func` do not stand in the way.
+    """
+    if torch.compiler.is_compiling() or x.is_meta or is_jit_tracing() or is_pre_dispatch():
+        return False
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return False
+        x = get_unwrapped(x)
+    # Tracers are modes without contents, or with tensors that stand for contents.
+    is_traced = any(getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack())
+    return not is_traced and not isinstance(x, FakeTensor)

@@ -12,7 +12,6 @@ With a mesh, ``torch.distributed.tensor.parallel.parallelize_module(model, mesh,
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -186,7 +185,10 @@ class _ShardedStream(ParallelStyle):
                     raise checks.fail(name, "a batch, (N, L, E) or (L, N, E)", f"shape {tuple(x.shape)}")
                 return _as_dtensor(x, device_mesh).redistribute(placements=[Shard(self.sequence_dim)])
 
-            names = tuple(name for name in inspect.signature(module.forward).parameters if name in streams)
+            if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+                names: tuple[str, ...] = ("src",)
+            else:
+                names = ("src", "tgt") if isinstance(module, nn.Transformer) else ("tgt", "memory")
             args = (*map(sharded, names, args), *args[len(names) :])
             return args, {name: sharded(name, x) if name in streams else x for name, x in kwargs.items()}
 

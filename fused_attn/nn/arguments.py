@@ -38,18 +38,27 @@ _remembered_parameter = functools.lru_cache(maxsize=256)(_has_parameter)
 def runs_methods_of(cls: type, module: nn.Module, *names: str) -> bool:
     """Whether a module runs these methods of `cls`, so that no subclass and no instance has put others in their place.
 
-    A method of an instance that is compiled, as ``layer.forward = torch.compile(layer.forward)`` leaves it, counts as
-    the method of the class.
+    A method of an instance counts as the method that it wraps, as `torch.compile`, `functools.partial` and
+    `functools.wraps` do, which hand all arguments on.
     """
     own = module.__dict__
     for name in names:
-        method = getattr(type(module), name)
-        if name in own:
-            compiled = getattr(own[name], "_torchdynamo_orig_callable", None)
-            method = getattr(compiled, "__func__", None)
+        method = _unwrapped(own[name]) if name in own else getattr(type(module), name)
         if method is not getattr(cls, name):
             return False
     return True
+
+
+def _unwrapped(method: Any) -> Any:
+    """The function under the wrappers of a method."""
+    while True:
+        for name in ("__wrapped__", "_torchdynamo_orig_callable", "func", "__func__"):
+            inner = getattr(method, name, None)
+            if inner is not None:
+                method = inner
+                break
+        else:
+            return method
 
 
 def given(**options: Any) -> dict[str, Any]:

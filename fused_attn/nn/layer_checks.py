@@ -41,15 +41,16 @@ def check_layer(
         raise checks.fail("layer_norm_eps", "a number >= 0", layer_norm_eps)
 
 
-def check_stack(name: str, layer: nn.Module, padding: str, num_layers: int, norm: nn.Module | None) -> None:
+def check_stack(name: str, layer: nn.Module, padding: str | None, num_layers: int, norm: nn.Module | None) -> None:
     """Raises TypeError or ValueError if no stack can have these arguments.
 
     name: the argument `layer`
-    padding: the keyword with which the stack gives a layer its padding mask
+    padding: the keyword with which the stack gives a layer its padding mask; None for a forward of a subclass
     """
     if not isinstance(layer, nn.Module):
         raise checks.wrong_type(name, "a torch.nn.Module", layer)
-    if not isinstance(layer, torch.jit.ScriptModule) and not accepts(layer.forward, padding):
+    is_scripted = isinstance(layer, torch.jit.ScriptModule)  # its forward has no signature
+    if padding is not None and not is_scripted and not accepts(layer.forward, padding):
         raise checks.wrong_type(name, f"a module whose forward takes {padding}", layer)
     check_sizes(0, num_layers=num_layers)
     check_module("norm", norm)

@@ -512,7 +512,12 @@ def sinusoidal_positions(length: int, d_model: int, *, device=None, dtype=None) 
 
 def _num_tokens(embedding: Any) -> int:
     """The number of tokens of an embedding, which another module may have wrapped."""
-    return next(module.num_embeddings for module in embedding.modules() if isinstance(module, nn.Embedding))
+    for module in embedding.modules():
+        if hasattr(module, "num_embeddings"):  # also that of a quantised embedding
+            return module.num_embeddings
+    raise checks.wrong_type(
+        "tgt_embedding", "a module that is or contains an embedding, with num_embeddings", embedding
+    )
 
 
 def _check_vocabularies(

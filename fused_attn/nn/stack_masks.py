@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_attn import modes
+from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
 
 
@@ -33,16 +34,23 @@ def mask_and_flag(
     return (mask if key_padding_mask is None else None), True
 
 
-def dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, device: torch.device) -> Tensor | None:
+def dense_mask(mask: Tensor | None, is_causal: bool | None, seqlen: int, x: Tensor) -> Tensor | None:
     """The mask for layers of other classes, which read a mask and not the flag is_causal.
 
     A causal bias, or is_causal=True without a mask, becomes a bool mask (L, S), in which True hides the key.
+
+    x: the input of the stack
     """
     bias = None if mask is None else causal_bias(mask)
     if bias is None and not (mask is None and is_causal):
         return mask
+    if x.is_nested:
+        expected = (
+            "False with nested tensors, as a layer may not read the flag unless takes_is_causal of its class is True"
+        )
+        raise checks.fail("is_causal", expected, True)
     rows, columns, offset = (seqlen, seqlen, 0) if bias is None else bias[:3]
-    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu(offset + 1)
+    return torch.ones(rows, columns, dtype=torch.bool, device=x.device).triu(offset + 1)
 
 
 def _can_look_at(mask: Tensor) -> bool:

@@ -13,7 +13,8 @@ layer say what the stack may pass:
 
 - ``takes_is_causal``: is_causal=True without a mask. All layers of the stack must have this attribute set. Otherwise
   they all get what torch's own stacks pass. A layer whose methods a subclass replaces has the attribute False, because
-  these methods may ignore the flag, as they may in torch. A subclass whose methods read the flag can set it to True.
+  these methods may ignore the flag, as they may in torch. A class whose methods read the flag can have it
+  as an attribute that is True.
 - ``takes_cache``: a cache.
 - ``takes_key_ranges``: ranges of keys.
 
@@ -122,7 +123,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             src: the sequences. With a cache: only their new rows.
             src_mask: (S, S) or (N * nhead, S, S). Bool: True = may NOT attend. Floating point: added to the scores.
             src_key_padding_mask: (N, S) or (S,). Bool: True = ignore the key. Floating point: added to the scores.
-                With a cache, the mask covers all rows so far.
+                With a cache, the mask covers all rows so far; with a `StaticKVCache`, its max_length rows.
             is_causal: a hint that src_mask is the causal mask, see `FusedMultiheadAttention`. Without a src_mask,
                 is_causal=True means the causal mask itself.
             src_key_ranges: (S, R, 2), (N, S, R, 2) or (N, nhead, S, R, 2) int32, the R ranges of keys that a query
@@ -237,7 +238,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         *,
         backend: str | None = None,
     ):
-        check_stack("encoder_layer", encoder_layer, "src_key_padding_mask", num_layers, norm)
+        padding = "src_key_padding_mask" if type(self).forward is TransformerEncoder.forward else None
+        check_stack("encoder_layer", encoder_layer, padding, num_layers, norm)
         checks.check_flags(enable_nested_tensor=enable_nested_tensor, mask_check=mask_check)
         # With True, the parent class would warn about layers that its fast path cannot take.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
@@ -260,7 +262,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             src: the sequences. With a cache: only their new rows.
             mask: (S, S) or (N * nhead, S, S). Bool: True = may NOT attend. Floating point: added to the scores.
             src_key_padding_mask: (N, S) or (S,). Bool: True = ignore the key. Floating point: added to the scores.
-                With a cache, the mask covers all rows so far.
+                With a cache, the mask covers all rows so far; with a `StaticKVCache`, its max_length rows.
             is_causal: a hint that mask is the causal mask. None means: compare the contents of the mask. Without a
                 mask, is_causal=True means the causal mask itself.
             src_key_ranges: (S, R, 2), (N, S, R, 2) or (N, nhead, S, R, 2) int32, see `TransformerEncoderLayer`.
@@ -293,7 +295,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             mask, is_causal = mask_and_flag(mask, is_causal, src_key_padding_mask, seqlen)
         else:
             # Other layers get the masks in the form that the parent class passes.
-            mask = dense_mask(mask, is_causal, seqlen, src.device)
+            mask = dense_mask(mask, is_causal, seqlen, src)
             if not ranges:
                 return super().forward(src, mask, src_key_padding_mask, is_causal)
             is_causal = bool(is_causal)
@@ -311,7 +313,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     @property
     def takes_cache(self) -> bool:
         """Whether a cache may be passed. Every layer must take its part of the cache."""
-        return all(getattr(layer, "takes_cache", False) for layer in self.layers)
+        return accepts(self.forward, "cache") and all(getattr(layer, "takes_cache", False) for layer in self.layers)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -392,7 +394,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             tgt_mask: (T, T) or (N * nhead, T, T). Bool: True = may NOT attend. Floating point: added to the scores.
             memory_mask: (T, S) or (N * nhead, T, S), with the same meaning as tgt_mask.
             tgt_key_padding_mask: (N, T) or (T,). Bool: True = ignore the key. Floating point: added to the scores.
-                With a cache, the mask covers all rows so far.
+                With a cache, the mask covers all rows so far; with a `StaticKVCache`, its max_length rows.
             memory_key_padding_mask: (N, S) or (S,), with the same meaning as tgt_key_padding_mask.
             tgt_is_causal: a hint that tgt_mask is the causal mask, see `FusedMultiheadAttention`. Without a tgt_mask,
                 tgt_is_causal=True means the causal mask itself.
@@ -422,8 +424,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         checks.check_tensors(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
         checks.check_flag("tgt_is_causal", tgt_is_causal)
         check_layer_cache(cache)
-        is_nested = tgt.is_nested or memory.is_nested
-        if type(self) is TransformerDecoderLayer and not is_nested and not modes.is_jit_tracing():
+        if type(self) is TransformerDecoderLayer and (cache is not None or _takes_memory(self, tgt, memory)):
             cross_cache = None if cache is None else cache.cross_attention
             check_memory(self, tgt, memory, memory_mask, memory_key_padding_mask, memory_is_causal, cross_cache)
         # A subclass may override _mha_block with torch's signature, which has no cache. So the cache is passed only if
@@ -549,7 +550,8 @@ class TransformerDecoder(nn.TransformerDecoder):
         *,
         backend: str | None = None,
     ):
-        check_stack("decoder_layer", decoder_layer, "memory_key_padding_mask", num_layers, norm)
+        padding = "memory_key_padding_mask" if type(self).forward is TransformerDecoder.forward else None
+        check_stack("decoder_layer", decoder_layer, padding, num_layers, norm)
         super().__init__(decoder_layer, num_layers, norm)
         _fuse(self.layers, backend)
 
@@ -601,7 +603,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         if cache is not None or all(getattr(layer, "takes_is_causal", False) for layer in self.layers):
             tgt_mask, tgt_is_causal = mask_and_flag(tgt_mask, tgt_is_causal, tgt_key_padding_mask, seqlen)
         else:
-            tgt_mask = dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt.device)
+            tgt_mask = dense_mask(tgt_mask, tgt_is_causal, seqlen, tgt)
             if not ranges:
                 return super().forward(
                     tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
@@ -844,6 +846,12 @@ def _self_attention(
     masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal}
     options = given(key_ranges=key_ranges, cache=cache)  # a module with torch's own signature takes neither
     return element_dropout.call(layer.dropout1, layer.self_attn(x, x, x, need_weights=False, **masks, **options)[0])
+
+
+def _takes_memory(layer: Any, tgt: Tensor, memory: Tensor) -> bool:
+    """Whether `check_memory` knows what the layer takes: attention of other classes may take other shapes and masks."""
+    is_own = type(layer.self_attn) is type(layer.multihead_attn) is FusedMultiheadAttention
+    return is_own and not (tgt.is_nested or memory.is_nested or modes.is_jit_tracing())
 
 
 def _takes_cache(layer: Any) -> bool:

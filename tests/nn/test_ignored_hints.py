@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import types
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_attn
-from fused_attn import FusedMultiheadAttention, TransformerDecoder, TransformerEncoder
+from fused_attn import FusedMultiheadAttention, KVCache, TransformerDecoder, TransformerEncoder
 
 pytestmark = pytest.mark.quick
 
@@ -164,3 +166,70 @@ with torch.no_grad():
     torch.testing.assert_close(layer(x), recorded)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_watched_and_differentiated_masks_are_compared() -> None:
+    """FlopCounterMode only watches. A mask that torch.func differentiates has values, too."""
+    stack = TransformerDecoder(fused_attn.TransformerDecoderLayer(*SIZES, batch_first=True), 2)
+    x, memory = torch.randn(2, 6, 16), torch.randn(2, 4, 16)
+    expected = stack(x, memory, cache=KVCache(2))
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(stack(x, memory, CAUSAL, cache=KVCache(2)), expected)
+
+    def loss(x: Tensor) -> Tensor:
+        mask = torch.zeros_like(x[0, :, :6]).masked_fill(CAUSAL, float("-inf"))
+        return stack(x, memory, mask, None, IS_PADDING).sum()
+
+    hidden = torch.zeros(6, 6).masked_fill(CAUSAL, float("-inf"))
+    (expected,) = torch.autograd.grad(stack(x.requires_grad_(), memory, hidden, None, IS_PADDING).sum(), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+
+
+def wrapped(method):
+    """As accelerate wraps the forward of a module."""
+
+    @functools.wraps(method)
+    def forward(*args, **options):
+        return method(*args, **options)
+
+    return forward
+
+
+@pytest.mark.parametrize("wrap", [functools.partial, torch.compile, wrapped])
+def test_wrapped_methods_of_instances_count_as_their_own(wrap) -> None:
+    layer = fused_attn.TransformerEncoderLayer(*SIZES, batch_first=True)
+    layer.forward = wrap(layer.forward)
+    layer.self_attn.forward = wrap(layer.self_attn.forward)
+    assert layer.takes_is_causal
+    layer.forward = functools.partial(block_without_hint, layer)
+    assert not layer.takes_is_causal
+
+
+def test_layers_that_may_ignore_the_flag_take_no_nested_tensors() -> None:
+    rows = torch.nested.nested_tensor([torch.randn(5, 16), torch.randn(2, 16)], layout=torch.jagged)
+    stack = TransformerEncoder(EncoderLayer(*SIZES, batch_first=True), 2)
+    with pytest.raises(ValueError, match="is_causal: expected False with nested tensors, as a layer may not read the"):
+        stack(rows, is_causal=True)
+
+
+def test_a_decoder_with_attention_of_another_class_checks_no_memory() -> None:
+    class Broadcasting(nn.Module):
+        batch_first = True
+
+        def forward(self, query, key, value, **options):
+            return query + key.mean(), None
+
+    layer = fused_attn.TransformerDecoderLayer(*SIZES, batch_first=True)
+    layer.multihead_attn = Broadcasting()
+    assert layer(torch.randn(2, 5, 16), torch.randn(1, 2, 3, 16)).shape == (2, 5, 16)
+
+
+def test_a_stack_with_a_forward_of_its_own_takes_other_layers() -> None:
+    class Stack(TransformerEncoder):
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    assert Stack(nn.Linear(16, 16), 2)(torch.randn(2, 16)).shape == (2, 16)
+    assert not Stack(nn.Linear(16, 16), 2).takes_cache
