@@ -164,6 +164,6 @@ def has_values(x: Tensor) -> bool:
         if is_batchedtensor(x):
             return False
         x = get_unwrapped(x)
-    # Tracers are modes without contents, or with tensors that stand for contents.
+    # Only torch's own tracers have a key: fake tensors, proxies and functional tensors. Modes that watch have none.
     is_traced = any(getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack())
     return not is_traced and not isinstance(x, FakeTensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -52,11 +53,16 @@ def runs_methods_of(cls: type, module: nn.Module, *names: str) -> bool:
 def _unwrapped(method: Any) -> Any:
     """The function under the wrappers of a method."""
     while True:
-        for name in ("__wrapped__", "_torchdynamo_orig_callable", "func", "__func__"):
-            inner = getattr(method, name, None)
-            if inner is not None:
-                method = inner
-                break
+        # Not getattr: a mock has every attribute, and each of them is another mock.
+        attributes = getattr(method, "__dict__", {})
+        if "__wrapped__" in attributes:
+            method = attributes["__wrapped__"]
+        elif "_torchdynamo_orig_callable" in attributes:
+            method = attributes["_torchdynamo_orig_callable"]
+        elif isinstance(method, functools.partial):
+            method = method.func
+        elif isinstance(method, MethodType):
+            method = method.__func__
         else:
             return method
 
