@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from example_utils import Stopwatch, argument_parser, learning_rate, packages_of, progress_bar, set_up
 from torch import Tensor, nn
 
-from fused_attn.nn.transformer import TransformerEncoder, TransformerEncoderLayer
+from fused_attn import TransformerEncoder, TransformerEncoderLayer
 
 SIZE, PATCH, CLASSES = 8, 2, 10
 NUM_PATCHES = (SIZE // PATCH) ** 2

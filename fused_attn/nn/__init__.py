@@ -3,6 +3,8 @@
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import CrossAttentionCache, KVCache, LayerCache, PagedBatch, SlidingKVCache, StaticKVCache
 from fused_attn.nn.convert import convert_attention
+from fused_attn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
+from fused_attn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from fused_attn.nn.paged_cache import OutOfPages, PagedKVCache
 from fused_attn.nn.paged_self_attention import PagedSelfAttentionCache
 from fused_attn.nn.positions import RotaryEmbedding, T5RelativeBias
@@ -12,13 +14,7 @@ from fused_attn.nn.self_attention_cache import (
     StaticSelfAttentionCache,
 )
 from fused_attn.nn.seq2seq import Seq2SeqTransformer
-from fused_attn.nn.transformer import (
-    Transformer,
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
+from fused_attn.nn.transformer import Transformer
 
 __all__ = [
     "CrossAttentionCache",

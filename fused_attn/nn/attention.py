@@ -10,14 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrize
 from torch.overrides import has_torch_function_variadic
 
-from fused_attn import modes
 from fused_attn.api import fused_attention, fused_attention_paged, fused_attention_varlen
 from fused_attn.attention import checks, jagged
-from fused_attn.attention.causal_bias import causal_bias_offset
 from fused_attn.attention.dropout import draw_seed
 from fused_attn.nn import native_attention, native_linear
 from fused_attn.nn.arguments import (
@@ -25,11 +22,11 @@ from fused_attn.nn.arguments import (
     batch_layout,
     check_backend,
     check_divides,
-    check_mask_dtype,
     check_sizes,
     given,
     runs_methods_of,
 )
+from fused_attn.nn.attention_checks import check_cache, check_heads, check_inputs, check_nested, check_projected
 from fused_attn.nn.attention_mask import (
     CallMasks,
     Mask,
@@ -40,11 +37,11 @@ from fused_attn.nn.attention_mask import (
     with_ranges,
     without_padded_queries,
 )
-from fused_attn.nn.paged_self_attention import PagedRows, PagedSelfAttentionCache, paged_hint
+from fused_attn.nn.paged_self_attention import PagedRows
 from fused_attn.nn.plain import FORWARDS
 from fused_attn.nn.positions import RotaryEmbedding
 from fused_attn.nn.restoring import restoring
-from fused_attn.nn.self_attention_cache import CachedRows, SlidingSelfAttentionCache, StaticSelfAttentionCache
+from fused_attn.nn.self_attention_cache import CachedRows
 from fused_attn.nn.tracing import call_node
 from fused_attn.nn.weights import attention_weights
 
@@ -348,14 +345,14 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
                 need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal
             )
         if not self.num_heads or self.embed_dim % self.num_heads or self.num_heads % self._group_size:
-            self._check_heads()
+            check_heads(self)
         if jagged.is_nested(query, key, value):
             is_strided = query is key and key is value and query.layout == torch.strided
-            self._check_nested(key_padding_mask, need_weights, attn_mask, key_ranges, cache, is_strided)
+            check_nested(self, key_padding_mask, need_weights, attn_mask, key_ranges, cache, is_strided)
             if is_strided:
                 return self._strided_forward(query, is_causal), None
             return self._nested_forward(query, key, value, is_causal), None
-        self._check_inputs(query, key, value, key_padding_mask, attn_mask)
+        check_inputs(self, query, key, value, key_padding_mask, attn_mask)
         is_self = query is key and key is value
         is_bare = is_self and cache is None and key_ranges is None and not need_weights
         if is_bare and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
@@ -371,7 +368,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         average_weights = average_attn_weights if need_weights else None
         if cache is None:
             return self._dense_forward(query, key, value, masks, average_weights)
-        self._check_cache(query, key, cache, key_padding_mask, need_weights, attn_mask, is_causal)
+        check_cache(self, query, key, cache, key_padding_mask, need_weights, attn_mask, is_causal)
         if key_ranges is not None and not cache.is_filled_once:
             raise checks.fail("key_ranges", "None with a self-attention cache", "a tensor")
         if attn_mask is None and key_ranges is None and not need_weights:
@@ -556,119 +553,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         out, _ = self.forward(padded, padded, padded, is_padding, need_weights=False, is_causal=is_causal)
         return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths, strict=True)])
 
-    def _check_nested(
-        self, key_padding_mask, need_weights: bool, attn_mask, key_ranges, cache, is_strided: bool
-    ) -> None:
-        """Raises ValueError if an argument or an option needs dense tensors."""
-        for name, argument in (
-            ("key_padding_mask", key_padding_mask),
-            ("attn_mask", attn_mask),
-            ("key_ranges", key_ranges),
-            ("cache", cache),
-        ):
-            if argument is not None:
-                raise checks.fail(name, "None with nested tensors", f"a {type(argument).__name__}")
-        if need_weights:
-            raise checks.fail("need_weights", "False with nested tensors, whose weights have no common shape", "True")
-        for option, is_set in (
-            ("batch_first=False", not self.batch_first),
-            ("add_bias_kv or add_zero_attn", self._num_appended > 0 and not is_strided),
-            ("rotary", self.rotary is not None and not is_strided),
-        ):
-            if is_set:
-                raise checks.fail("query", f"a dense tensor in a module with {option}", "a nested tensor")
-
-    def _check_heads(self) -> None:
-        """Raises ValueError if num_heads was changed after construction to a number that does not fit."""
-        check_sizes(1, num_heads=self.num_heads)
-        check_divides("num_heads", self.num_heads, "embed_dim", self.embed_dim)
-        if self.num_heads % self._group_size:
-            expected = f"a multiple of {self._group_size}, the number of heads for each head of keys"
-            raise checks.fail("num_heads", expected, self.num_heads)
-
-    def _check_inputs(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-    ) -> None:
-        """Raises AssertionError, as the parent class does, if a shape does not fit.
-
-        Raises TypeError if query, key, value or a mask is no tensor.
-        """
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            checks.check_tensor(name, x)
-        rank = query.dim()
-        if rank not in (2, 3):
-            raise AssertionError(f"query: expected 2 (unbatched) or 3 dimensions, got shape {tuple(query.shape)}")
-        for name, x in (("key", key), ("value", value)):
-            if x.dim() != rank:
-                raise AssertionError(f"{name}: expected {rank} dimensions, as query has, got shape {tuple(x.shape)}")
-        if query.shape[-1] != self.embed_dim:
-            raise AssertionError(f"query: expected embed_dim={self.embed_dim} features, got {query.shape[-1]}")
-        # With kdim or vdim, the projections are separate, and key and value may differ in their features.
-        compared = slice(None) if self.in_proj_weight is not None else slice(-1)
-        if key.shape[compared] != value.shape[compared]:
-            raise AssertionError(f"value: expected the sizes of key, {tuple(key.shape)}, got {tuple(value.shape)}")
-        if key_padding_mask is not None:
-            check_mask_dtype("key_padding_mask", key_padding_mask)
-            if key_padding_mask.dim() != rank - 1:
-                raise AssertionError(
-                    f"key_padding_mask: expected {rank - 1} dimensions for a query with {rank}, "
-                    f"got shape {tuple(key_padding_mask.shape)}"
-                )
-        if attn_mask is not None and causal_bias_offset(attn_mask) is None:
-            check_mask_dtype("attn_mask", attn_mask)
-            if attn_mask.dim() not in (2, 3):
-                raise AssertionError(
-                    f"attn_mask: expected shape (L, S) or (N * num_heads, L, S), got {tuple(attn_mask.shape)}"
-                )
-
-    def _check_cache(
-        self,
-        query: Tensor,
-        key: Tensor,
-        cache: AttentionCache,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-    ) -> None:
-        """Raises an error if `cache` is not the cache of an attention module, or does not go with this call."""
-        if not hasattr(cache, "is_filled_once"):
-            raise TypeError(
-                "cache: expected a layer's cache such as cache.layers[i].self_attention, got "
-                f"{type(cache).__name__}{paged_hint(cache)}"
-            )
-        seq_dim = 0 if query.dim() == 2 or not self.batch_first else 1
-        if not cache.is_filled_once and query.shape[seq_dim] != key.shape[seq_dim]:
-            expected = f"as many rows as query, {query.shape[seq_dim]}, with a self-attention cache"
-            raise checks.fail("key", expected, key.shape[seq_dim])
-        if self._num_appended:
-            raise checks.fail("cache", "None in a module with add_bias_kv or add_zero_attn", "a cache")
-        if cache.is_filled_once and (self.rotary is not None or self.relative_bias is not None):
-            expected = "one for self-attention in a module with rotary or relative_bias"
-            raise checks.fail("cache", expected, f"a {type(cache).__name__}")
-        is_mask_given = attn_mask is not None and not is_causal and causal_bias_offset(attn_mask) is None
-        if is_mask_given and not cache.is_filled_once:
-            raise checks.fail("attn_mask", "None, or is_causal=True, with a self-attention cache", "a tensor")
-        if isinstance(cache, (StaticSelfAttentionCache, PagedSelfAttentionCache)) and need_weights:
-            raise checks.fail("need_weights", f"False with a {type(cache).__name__}", "True")
-        if isinstance(cache, SlidingSelfAttentionCache):
-            if self.relative_bias is not None:
-                raise checks.fail("cache", "no sliding window in a module with relative_bias", "one")
-            if key_padding_mask is not None:
-                raise checks.fail("key_padding_mask", "None with a sliding window, whose rows move", "a mask")
-        if isinstance(cache, PagedSelfAttentionCache):
-            if self.relative_bias is not None:
-                raise checks.fail("cache", "no pages in a module with relative_bias", "some; use a StaticKVCache")
-            if key_padding_mask is not None:
-                raise checks.fail("key_padding_mask", "None with pages, which hold no padding", "a mask")
-            if self.training and self.dropout > 0.0:
-                raise checks.fail("cache", "no pages in training with dropout", "some; call eval() first")
-
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """The projections of query (..., E), key (..., kdim) and value (..., vdim).
 
@@ -680,7 +564,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         try:
             return self._products(query, key, value, is_self, shares_kv)
         except RuntimeError:
-            self._check_projected(query, key, value)
+            check_projected(self, query, key, value)
             raise
 
     def _products(
@@ -705,37 +589,6 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         biases = (None, None, None) if bias is None else bias.split(sizes)
         return tuple(native_linear.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
 
-    def _check_projected(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None) -> None:
-        """Raises a RuntimeError that names the input whose layout, size, device or dtype does not fit the projections.
-
-        key, value: None if only the query is projected
-        `forward` calls this method only after a projection has raised a RuntimeError, so that other calls do not wait
-        for the checks. The message of torch's own error names no argument.
-        """
-        weight = self.out_proj.weight
-        for name, x, features in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            if x is None:
-                continue
-            if x.layout != torch.strided:
-                raise RuntimeError(f"{name}: expected a dense tensor, got layout {x.layout}")
-            if x.shape[-1] != features:
-                raise RuntimeError(f"{name}: expected {features} features, got shape {tuple(x.shape)}")
-            if x.device != weight.device:
-                raise RuntimeError(f"{name}: expected the device of the module, {weight.device}, got {x.device}")
-            if x.dtype == weight.dtype:
-                continue
-            hint = "or torch.autocast" if x.dtype.is_floating_point else "as embeddings or features have"
-            if modes.is_autocast_enabled(x.device):
-                uncast = [y for y in (x.dtype, weight.dtype) if y == torch.float64 or not y.is_floating_point]
-                if not uncast:
-                    continue
-                hint = f"since autocast casts no {uncast[0]}"
-            raise RuntimeError(f"{name}: expected the dtype of the module, {weight.dtype}, {hint}, got {x.dtype}")
-
     def _project_query(self, query: Tensor) -> Tensor:
         """The projection (..., E) of query (..., E) alone, for calls whose cache holds the keys and values."""
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[: self.embed_dim]
@@ -743,7 +596,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         try:
             return native_linear.linear(query, weight, bias)
         except RuntimeError:
-            self._check_projected(query)
+            check_projected(self, query)
             raise
 
     def _split_heads(self, x: Tensor, seq_dim: int, position: int | Tensor | None = None) -> Tensor:
@@ -931,33 +784,6 @@ class _Rows(NamedTuple):
     v: Tensor  # (N, Hkv, S, D)
     position: int | Tensor  # of the first query, if the module needs positions; otherwise 0
     cached: CachedRows | PagedRows | None  # what a cache of self-attention returned. With pages, k and v are new rows
-
-
-def keep_fast_path_off(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Makes torch's encoder layer call a fused self-attention in inference, too.
-
-    torch calls this function whenever a module, `child`, is registered in another one, `parent`, under `name`.
-
-    The encoder layer has a fast path, which computes plain attention from the parameters of ``self_attn`` and does not
-    call ``self_attn``. torch leaves the fast path if the layer has a hook. So the layer gets a hook that does nothing.
-    """
-    if (
-        name == "self_attn"
-        and isinstance(parent, nn.TransformerEncoderLayer)
-        and not hasattr(type(parent), "takes_is_causal")  # our own layer has no fast path
-        and child is not None
-        and any(isinstance(module, FusedMultiheadAttention) for module in child.modules())
-        and _nothing not in parent._forward_pre_hooks.values()
-    ):
-        parent.register_forward_pre_hook(_nothing)
-
-
-def _nothing(module: nn.Module, inputs: tuple) -> None:
-    """The forward pre-hook that `keep_fast_path_off` registers. torch looks only whether there is a hook."""
-
-
-# The hook sees every way of replacing the attention: an assignment, the constructor of a subclass, a tool.
-register_module_module_registration_hook(keep_fast_path_off)
 
 
 def _rotary(rotary: bool | float | None, head_dim: int) -> RotaryEmbedding | None:

@@ -9,8 +9,8 @@ from torch import nn
 from fused_attn.attention import checks
 from fused_attn.nn.arguments import check_backend
 from fused_attn.nn.attention import FusedMultiheadAttention
+from fused_attn.nn.layer_conversion import convert_layers
 from fused_attn.nn.replacement import replace_attention
-from fused_attn.nn.transformer import convert_layers
 
 
 def convert_attention(model: nn.Module, backend: str | None = None, *, skip_padded_queries: bool = False) -> nn.Module:

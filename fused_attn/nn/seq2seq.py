@@ -17,17 +17,13 @@ from fused_attn.nn import element_dropout, generation
 from fused_attn.nn.arguments import check_sizes
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.cache import KVCache
+from fused_attn.nn.decoder import TransformerDecoder, TransformerDecoderLayer
+from fused_attn.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from fused_attn.nn.generation import Generation, Settings
 from fused_attn.nn.layer_checks import check_layer
 from fused_attn.nn.paged_self_attention import paged_hint
 from fused_attn.nn.restoring import restoring_layers
 from fused_attn.nn.tracing import call_node
-from fused_attn.nn.transformer import (
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
 
 POSITIONAL = ("sinusoidal", "learned", "rotary")
 
