@@ -75,6 +75,7 @@ inline int64_t tiled_lanes(int64_t dim) { return round_up(dim, 2 * kAmxLanes) / 
 template <class Policy>
 struct CachedTiles {
   using Storage = typename Policy::Storage;
+  static_assert(kStepRows == kKeyStep<Policy>);
 
   // To make the parts of floats takes longer than to read them from the third-level cache: with head dim 128 and 2048
   // keys, which take 1.5 MiB, forward takes 0.85 of the time with a cache.
@@ -84,7 +85,7 @@ struct CachedTiles {
   char* block;                        // memory for the tiles of one block of keys
   int64_t steps;                      // how many steps the cache has room for; 0 = no cache
   char* cached;                       // the tiles of all steps: those of keys 32 i ... 32 i + 31 are number i
-  uint8_t* is_cached;                 // [step]
+  uint8_t* num_cached;                // [step]: how many of its keys the cache holds
   RowSource<Storage>* cached_source;  // where the cached tiles come from; a pointer, because find() is const
 
   // Takes the memory out of the arena. `visits`: as for SummedRows.
@@ -93,7 +94,7 @@ struct CachedTiles {
     if (steps * step_bytes > kMaxCachedBytes) steps = 0;
     block = arena.take<char>(kBlockK / kStepRows * step_bytes);
     cached = arena.take<char>(steps * step_bytes);
-    is_cached = arena.take<uint8_t>(steps);
+    num_cached = arena.take<uint8_t>(steps);
     cached_source = arena.take<RowSource<Storage>>(1);
     if (cached_source != nullptr) *cached_source = {};
   }
@@ -104,18 +105,19 @@ struct CachedTiles {
   const char* find(const RowSource<Storage>& source, const KeyBlock& keys, int64_t step_bytes, const Fill& fill) const {
     const Storage* rows[kBlockK];
     source.find(keys, rows);
-    // A step with fewer keys would need other tiles if more of its keys were visible.
-    const bool caches = steps > 0 && keys.contiguous && keys.index[0] % kStepRows == 0 && keys.count % kStepRows == 0;
+    const bool caches = steps > 0 && keys.contiguous && keys.index[0] % kStepRows == 0;
     if (caches && !(*cached_source == source)) {
-      memset(is_cached, 0, steps);
+      memset(num_cached, 0, steps);
       *cached_source = source;
     }
     const int64_t first = keys.index[0] / kStepRows;
     char* const target = caches ? cached + first * step_bytes : block;
     for (int k = 0, step = 0; k < keys.count; k += kStepRows, ++step) {
-      if (caches && is_cached[first + step] != 0) continue;
-      fill(rows + k, keys.count - k < kStepRows ? keys.count - k : kStepRows, target + step * step_bytes);
-      if (caches) is_cached[first + step] = 1;
+      // Tiles of more keys than the block has would multiply rows that its queries do not see.
+      const int count = keys.count - k < kStepRows ? keys.count - k : kStepRows;
+      if (caches && num_cached[first + step] == count) continue;
+      fill(rows + k, count, target + step * step_bytes);
+      if (caches) num_cached[first + step] = static_cast<uint8_t>(count);
     }
     return target;
   }

@@ -391,7 +391,7 @@ bool backward_block(const BackwardItem<Policy>& item, const Sequence& seq, const
   if (is_single_pass) is_exact = measure_rows<Policy>(p, seq, item.relative, item.valid_keys, queries, s, rows);
   // Stop here if no query of the block sees a key of the slab. In the first slab, dquery must still be written.
   KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, item.valid_keys, queries, slab_begin, slab_end);
+  KeyStream stream(p, seq, item.valid_keys, queries, slab_begin, slab_end, kKeyStep<Policy>);
   const bool has_keys = stream.next(keys);
   if (!has_keys && !is_first) return is_exact;
 

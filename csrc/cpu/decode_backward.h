@@ -334,7 +334,7 @@ void decode_backward(const AttentionParams& p, bool visits_all_keys, const Valid
   const HeadRows<Storage> value_rows = {s.block.value_rows, 0};
   const auto visit_blocks = [&](bool is_single, const auto& visit) {
     int64_t blocks = 0;
-    KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k);
+    KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k, /*step=*/1);
     const RowSource<Storage> key_source = row_source<Storage>(p, p.key, seq, b, kv_head);
     const RowSource<Storage> value_source = row_source<Storage>(p, p.value, seq, b, kv_head);
     for (; is_single ? blocks == 0 : s.block.next(stream, key_source, value_source); ++blocks) {

@@ -135,7 +135,7 @@ class ItemDecoder {
     const int64_t key_end = std::min(key_begin + split_keys, seq_.seqlen_k);
     // The masks of the first head are those of all heads of the item.
     const QueryBlock queries = {item_.b, first_head_, 0, static_cast<int>(seq_.seqlen_q)};
-    KeyStream stream(p_, seq_, valid_keys, queries, key_begin, key_end);
+    KeyStream stream(p_, seq_, valid_keys, queries, key_begin, key_end, /*step=*/1);
     const Block* block = &s_.blocks[0];
     const Block* next_block = &s_.blocks[1];
     bool has_block = block->next(stream, key_source, value_source);

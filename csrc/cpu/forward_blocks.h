@@ -274,7 +274,7 @@ bool forward_block(const AttentionParams& p, const RelativeBias<typename Policy:
     add_sum_over_keys<Policy>(s.value, value_dim, coefficients, rescale, count, vectors, s.acc, meanwhile);
   };
   KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k);
+  KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k, kKeyStep<Policy>);
   while (stream.next(keys)) {
     prepare_keys<Policy>(p, seq, queries, s.key, in);
     if (!kDelays) s.value.find(values, keys, value_dim);

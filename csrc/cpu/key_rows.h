@@ -67,7 +67,7 @@ struct SummedRows {
   Lane* block;         // memory for the converted or interleaved rows of one block
   int64_t pairs;       // the number of pairs in the cache; 0 = no cache
   Lane* cached;        // the cache: [pair i, of the keys 2 i and 2 i + 1][dim, padded]
-  uint8_t* is_cached;  // [pair]: whether the cache holds the pair
+  uint8_t* num_cached;  // [pair]: how many of its keys the cache holds
   RowSource<Storage>* cached_source;  // where the cached rows come from; a pointer, because find() is const
 
   // Takes the memory out of the arena. `visits` is the number of query blocks that a thread processes with one head of
@@ -79,7 +79,7 @@ struct SummedRows {
     rows = arena.take<const char*>(kBlockRows);
     block = arena.take<Lane>(Policy::kConverts || Policy::kPerLane == 2 ? kBlockRows * row : 0);
     cached = arena.take<Lane>(pairs * row);
-    is_cached = arena.take<uint8_t>(pairs);
+    num_cached = arena.take<uint8_t>(pairs);
     cached_source = arena.take<RowSource<Storage>>(1);
     if (cached_source != nullptr) *cached_source = {};
   }
@@ -94,18 +94,19 @@ struct SummedRows {
       const Storage* found[kBlockK];
       source.find(keys, found);
       const auto row_of_key = [&](int k) { return reinterpret_cast<const uint16_t*>(found[k]); };
-      const bool caches = pairs > 0 && keys.contiguous && keys.index[0] % 2 == 0 && keys.count % 2 == 0;
+      const bool caches = pairs > 0 && keys.contiguous && keys.index[0] % 2 == 0;
       if (caches && !(*cached_source == source)) {
-        memset(is_cached, 0, pairs);
+        memset(num_cached, 0, pairs);
         *cached_source = source;
       }
       for (int k = 0; k < keys.count; k += 2) {
         const int64_t pair = keys.index[k] / 2;
+        const uint8_t count = k + 1 < keys.count ? 2 : 1;
         Lane* target = caches ? cached + pair * row : block + k / 2 * row;
-        if (!caches || is_cached[pair] == 0) {
-          interleave_rows(row_of_key(k), k + 1 < keys.count ? row_of_key(k + 1) : nullptr, dim, target);
+        if (!caches || num_cached[pair] != count) {
+          interleave_rows(row_of_key(k), count == 2 ? row_of_key(k + 1) : nullptr, dim, target);
         }
-        if (caches) is_cached[pair] = 1;
+        if (caches) num_cached[pair] = count;
         rows[k / 2] = reinterpret_cast<const char*>(target);
       }
 #endif

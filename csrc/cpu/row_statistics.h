@@ -139,7 +139,7 @@ FA_NOINLINE bool correct_lse(const AttentionParams& p, const Sequence& seq,
   ScoreInputs<Policy> in = score_inputs<Policy>(p, relative, queries);
   in.query = s.query;
   KeyBlock& keys = *s.key.keys;
-  KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k);
+  KeyStream stream(p, seq, valid_keys, queries, 0, seq.seqlen_k, kKeyStep<Policy>);
   while (stream.next(keys)) {
     prepare_keys<Policy>(p, seq, queries, s.key, in);
     for (int k = 0; k < keys.count; k += kTileKeys) {

@@ -31,6 +31,11 @@ template <class T>
 constexpr int kBlockVectors = kBlockQ / kLanes<T>;
 static_assert(kBlockVectors<double> % kTileVectors == 0 && kBlockVectors<float> % kTileVectors == 0);
 
+// The caches of rows (key_rows.h, amx_products.h) hold keys in groups of this size: those of a multiplication with AMX,
+// or of a lane. A group begins with a multiple of this number.
+template <class Policy>
+constexpr int kKeyStep = Policy::kUsesAmx ? 32 : Policy::kPerLane;
+
 // The rows of a matrix with one for each key of a block. The last tile may reach beyond the block.
 constexpr int kBlockRows = kBlockK + kTileKeys;
 

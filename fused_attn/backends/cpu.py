@@ -76,8 +76,10 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
         if needs_max:
             row_max = empty(*shape, dtype=problem.accumulate_dtype, device=problem.device)
     if problem.is_packed:
-        clear_rows(out)
-        clear_rows(lse, row_max, value=float("-inf"))
+        _clear_rows_outside(inputs.cu_seqlens_q, out)
+        # lse and row_max are (H, total_q).
+        by_rows = [None if x is None else x.t() for x in (lse, row_max)]
+        _clear_rows_outside(inputs.cu_seqlens_q, *by_rows, value=float("-inf"))
     results = out, lse, row_max
     try:
         _C.forward(inputs, results, problem.prepared.get(name) or _config(problem), get_num_threads())
@@ -103,7 +105,8 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
     dkey = empty_like(read.key) if wanted.key else None
     dvalue = empty_like(read.value) if wanted.value else None
     if problem.is_packed:
-        clear_rows(dquery, dkey, dvalue)
+        _clear_rows_outside(inputs.cu_seqlens_q, dquery)
+        _clear_rows_outside(inputs.cu_seqlens_k, dkey, dvalue)
     if problem.has_key_lengths:
         clear_rows(dkey, dvalue)  # no kernel visits the keys behind the length of their batch entry
     grads = gradients_of(dquery, dkey, dvalue, None, None, None, None)
@@ -119,6 +122,19 @@ def backward(problem: AttentionProblem, inputs: Inputs, saved: Saved, wanted: Wa
             raise
         return backward(problem, copied, saved_copied, wanted)
     return in_dtypes_of(inputs, grads) if wants_shared else grads
+
+
+def _clear_rows_outside(offsets: Tensor | None, *tensors: Tensor | None, value: float = 0.0) -> None:
+    """Fills the rows of packed tensors that belong to no sequence. The kernels write all others.
+
+    offsets: (batch + 1,) int32, cu_seqlens_q or cu_seqlens_k
+    tensors: (total rows, ...)
+    """
+    assert offsets is not None, "packed calls with gradients have offsets of queries and keys"
+    begin, end = int(offsets[0]), int(offsets[-1])
+    for x in tensors:
+        if x is not None and (begin > 0 or end < x.shape[0]):
+            clear_rows(x[:begin], x[end:], value=value)
 
 
 def _config(problem: AttentionProblem) -> Any:

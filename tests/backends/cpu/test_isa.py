@@ -559,6 +559,25 @@ def test_a_query_gets_the_same_bits_in_blocks_of_any_size(dtype: torch.dtype, ou
             assert torch.equal(few, many[:, :, :count])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_blocks_of_queries_whose_last_keys_differ(dtype: torch.dtype, isa: str) -> None:
+    """Rows that one block has converted serve another one only if both see the same keys of a group of 32."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 200, 64, generator=generator).to(dtype)
+    key, value = torch.randn(2, 1, 2, 213, 64, generator=generator).to(dtype)
+
+    def attend(value: torch.Tensor, backend: str) -> torch.Tensor:
+        mask = causal_lower_right(200, 213)
+        return fused_attn.fused_attention(query, key, value, mask, enable_gqa=True, backend=backend)
+
+    found = attend(value, "cpu")
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found, attend(value, "reference"), rtol=tolerance, atol=tolerance)
+    spoilt = value.clone()
+    spoilt[:, :, 90] = float("nan")  # the queries of the first block see keys up to number 76
+    assert torch.equal(attend(spoilt, "cpu")[:, :, :64], found[:, :, :64])
+
+
 def test_decoding_does_not_depend_on_the_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 2, 64, generator=generator)
