@@ -64,6 +64,7 @@ class Settings(NamedTuple):
     """The arguments of `Seq2SeqTransformer.generate` that say how a token is chosen, and when a target ends."""
 
     max_new_tokens: int
+    min_new_tokens: int = 0
     num_beams: int = 1
     do_sample: bool = False
     temperature: float = 1.0
@@ -73,14 +74,15 @@ class Settings(NamedTuple):
     length_penalty: float = 1.0
     num_return_sequences: int = 1
     stop_ids: tuple[int, ...] = ()
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
     generator: torch.Generator | None = None
 
 
 class Generation(NamedTuple):
     """What `Seq2SeqTransformer.generate` returns with ``return_scores=True``. R is ``num_return_sequences``.
 
-    Probabilities are those of the model, without pad_id and sos_id, after the repetition penalty, and before
-    temperature, top_k and top_p.
+    Probabilities are those of the model, without the tokens that cannot be chosen, after the repetition penalty and
+    logits_processor, and before temperature, top_k and top_p.
 
     tokens: (B * R, N) int64. The R targets of a source follow one another
     scores: (B * R,), the sum of the log-probabilities of the new tokens; for beam search divided by
@@ -185,8 +187,7 @@ class Search:
     def _next_log_probs(self) -> Tensor:
         """(rows, V): the log-probabilities of the next token of each row, at least float32."""
         if self.cache is None:
-            # The host knows the longest row, because all rows grow together.
-            hidden = self.model.decode_hidden(self.tokens[:, : int(self.position.max()) + 1], self.memory, self.padding)
+            hidden = self.model.decode_hidden(self._tokens_so_far(), self.memory, self.padding)
             hidden = hidden[torch.arange(hidden.shape[0], device=self.device), self.position]
         else:
             hidden = self._decode_newest(self.tokens.gather(1, self.position[:, None]), self.cache)[:, 0]
@@ -195,7 +196,16 @@ class Search:
         if self.seen is not None:
             penalty = self.settings.repetition_penalty
             logits = torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if self.settings.logits_processor is not None:
+            logits = _processed(self.settings.logits_processor, self._tokens_so_far(), logits)
+        if self.settings.min_new_tokens > 0:
+            is_short = self.position - self.start < self.settings.min_new_tokens
+            logits = logits.masked_fill(is_short[:, None] & self.is_stop, MINUS_INF)
         return logits.log_softmax(dim=-1)
+
+    def _tokens_so_far(self) -> Tensor:
+        """(rows, n) int64: the tokens of all rows. The host reads n, the length of the longest row."""
+        return self.tokens[:, : int(self.position.max()) + 1]
 
     def _decode_newest(self, newest: Tensor, cache: StaticKVCache) -> Tensor:
         """The output (rows, 1, E) of the decoder for the newest token (rows, 1) of each row."""
@@ -331,6 +341,8 @@ def generate(
     search = (BeamSearch if settings.num_beams > 1 else Search)(model, src, prefix, settings)
     if model.takes_cache:
         search.start_cache(len(model.decoder.layers))
+    if settings.logits_processor is not None:
+        cuda_graph = False  # the tokens that the function gets become longer, and it may read numbers on the host
     step = Replayed(
         search.step, search.device, settings.generator, cuda_graph, model if search.cache is not None else None
     )
@@ -372,6 +384,17 @@ def sampling_probabilities(logits: Tensor, temperature: float, top_k: int | None
     before = ordered.cumsum(dim=-1) - ordered  # the sum over the likelier tokens
     likeliest = ordered.masked_fill(before >= top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(-1, order, likeliest / likeliest.sum(dim=-1, keepdim=True))
+
+
+def _processed(processor: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, logits: Tensor) -> Tensor:
+    """The logits (rows, V) that the processor returns. Raises TypeError or ValueError if these are no such tensor."""
+    processed = processor(tokens, logits)
+    expected = f"a function that returns logits {tuple(logits.shape)} of dtype {logits.dtype}"
+    if not isinstance(processed, Tensor):
+        raise checks.wrong_type("logits_processor", expected, processed)
+    if processed.shape != logits.shape or processed.dtype != logits.dtype:
+        raise checks.fail("logits_processor", expected, f"shape {tuple(processed.shape)} of dtype {processed.dtype}")
+    return processed
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -420,6 +443,10 @@ def check(
     _check_types(src, prefix, settings, on_tokens, progress, cuda_graph)
     if not 1 <= settings.max_new_tokens <= model.max_len:
         raise checks.fail("max_new_tokens", f"1 to max_len={model.max_len}", settings.max_new_tokens)
+    if not 0 <= settings.min_new_tokens <= settings.max_new_tokens:
+        raise checks.fail("min_new_tokens", f"0 to max_new_tokens={settings.max_new_tokens}", settings.min_new_tokens)
+    if settings.logits_processor is not None and cuda_graph:
+        raise checks.fail("cuda_graph", "None or False with a logits_processor", cuda_graph)
     for name in ("num_beams", "num_return_sequences"):
         if (count := getattr(settings, name)) < 1:
             raise checks.fail(name, "at least 1", count)
@@ -465,7 +492,7 @@ def _check_types(
     """Raises TypeError if an argument of `Seq2SeqTransformer.generate` has the wrong type."""
     checks.check_tensor("src", src)
     checks.check_tensors(prefix=prefix)
-    for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+    for name in ("max_new_tokens", "min_new_tokens", "num_beams", "num_return_sequences"):
         checks.check_integer(name, getattr(settings, name))
     for name in ("temperature", "repetition_penalty", "length_penalty"):
         checks.check_number(name, getattr(settings, name))
@@ -478,8 +505,9 @@ def _check_types(
         checks.check_flag("cuda_graph", cuda_graph)
     if settings.generator is not None and not isinstance(settings.generator, torch.Generator):
         raise checks.wrong_type("generator", "None or a torch.Generator", settings.generator)
-    if on_tokens is not None and not callable(on_tokens):
-        raise checks.wrong_type("on_tokens", "None or a callable", on_tokens)
+    for name, function in (("on_tokens", on_tokens), ("logits_processor", settings.logits_processor)):
+        if function is not None and not callable(function):
+            raise checks.wrong_type(name, "None or a callable", function)
 
 
 def _check_prefix(model: Model, src: Tensor, prefix: Tensor, settings: Settings) -> None:

@@ -339,6 +339,8 @@ class Seq2SeqTransformer(nn.Module):
         prefix: Tensor | None = None,
         num_return_sequences: int = 1,
         stop_ids: int | Sequence[int] = (),
+        min_new_tokens: int = 0,
+        logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
         return_scores: bool = False,
         on_tokens: Callable[[Tensor], None] | None = None,
         progress: bool = False,
@@ -374,6 +376,12 @@ class Seq2SeqTransformer(nn.Module):
             num_return_sequences: R, the number of targets for each source: samples, or the best hypotheses of a beam
                 search. If fewer targets are possible, the remaining ones are all ``pad_id``, and their score is -inf.
             stop_ids: tokens that end a target, besides ``eos_id``.
+            min_new_tokens: so many tokens come before the one that ends a target.
+            logits_processor: called in each step with the tokens so far (rows, n), ``sos_id`` included, and the logits
+                (rows, V) of the next token, which is -inf for tokens that are never generated. It returns logits of the
+                same shape and dtype, with -inf for a token that must not come next. The processors of Hugging Face
+                have this form. A source has max(num_beams, R) rows. Shorter rows are padded with ``pad_id`` on the
+                right. No step is captured as a CUDA graph then.
             return_scores: return a `Generation`, which also has the log-probabilities.
             on_tokens: called after each step with the new tokens (B * R,), on the device of the model. Targets that
                 have ended get ``pad_id``. On a GPU, up to four calls may follow after all targets have ended. The
@@ -394,8 +402,8 @@ class Seq2SeqTransformer(nn.Module):
         """
         stop_ids = generation.checked_stop_ids(stop_ids)
         settings = Settings(
-            max_new_tokens, num_beams, do_sample, temperature, top_k, top_p, repetition_penalty, length_penalty,
-            num_return_sequences, stop_ids, generator,
+            max_new_tokens, min_new_tokens, num_beams, do_sample, temperature, top_k, top_p, repetition_penalty,
+            length_penalty, num_return_sequences, stop_ids, logits_processor, generator,
         )  # fmt: skip
         generation.check(self, src, prefix, settings, on_tokens, progress, cuda_graph)
         checks.check_flag("return_scores", return_scores)

@@ -105,6 +105,47 @@ def test_greedy_with_everything_equals_a_slow_loop(has_prefix, penalty):
         torch.testing.assert_close(found.scores[n].item(), sum(log_probs))
 
 
+@pytest.mark.parametrize("has_prefix", [False, True], ids=["no-prefix", "prefix"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "samples"])
+def test_min_new_tokens(options, has_prefix) -> None:
+    model = make_model(seed=3)
+    prefixes = PREFIXES if has_prefix else [[]] * len(SRC)
+    prefix = padded(PREFIXES) if has_prefix else None
+    stops = list(range(3, 8))  # without a least length, most targets would have one new token
+    for least in (0, 3, 7):
+        torch.manual_seed(0)
+        found = model.generate(SRC, 7, prefix=prefix, stop_ids=stops, min_new_tokens=least, **options)
+        new = [without_padding(row)[len(given) :] for row, given in zip(found, prefixes, strict=True)]
+        assert all(token not in (EOS, *stops) for tokens in new for token in tokens[:least])
+        assert all(len(tokens) > least or len(tokens) == 7 for tokens in new)
+    assert least == 7 and all(tokens == [8] * 7 for tokens in new)  # the only token that ends nothing
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_logits_processor_gets_the_tokens_so_far(num_beams) -> None:
+    """A processor in the form of those of Hugging Face: no token may follow itself."""
+    model = make_model(seed=3)
+    calls = []
+
+    def processor(tokens: Tensor, logits: Tensor) -> Tensor:
+        calls.append(tokens.clone())
+        newest = tokens.gather(1, (tokens != PAD).sum(1, keepdim=True) - 1)
+        return logits.scatter(1, newest, -math.inf)
+
+    found = model.generate(
+        SRC, 6, prefix=padded(PREFIXES), num_beams=num_beams, logits_processor=processor, return_scores=True
+    )
+    starts = torch.cat((torch.full((len(SRC), 1), SOS), padded(PREFIXES)), dim=1)
+    assert torch.equal(calls[0], starts.repeat_interleave(num_beams, 0))
+    assert len(calls) == 6 or model.eos_id in found.tokens
+    for row, prefix in zip(found.tokens, PREFIXES, strict=True):
+        tokens = [SOS, *without_padding(row)]
+        assert all(tokens[i] != tokens[i - 1] for i in range(1 + len(prefix), len(tokens)))
+    assert found.scores.isfinite().all()
+    unchanged = model.generate(SRC, 6, num_beams=num_beams, logits_processor=lambda tokens, logits: logits)
+    assert torch.equal(unchanged, model.generate(SRC, 6, num_beams=num_beams))
+
+
 @pytest.mark.parametrize(
     ("beams", "penalty", "length_penalty", "has_prefix", "stops"),
     [(3, 1.0, 1.0, False, ()), (4, 1.5, 0.0, True, (STOP,)), (2, 0.8, -0.5, True, ()), (5, 1.0, 1.0, False, (STOP, 5))],
@@ -448,6 +489,23 @@ def test_top_p_of_1_keeps_all_tokens() -> None:
         ({"num_return_sequences": 2}, ValueError, "num_return_sequences: expected at most num_beams=1 with do_sample"),
         ({"num_return_sequences": 0}, ValueError, "num_return_sequences: expected at least 1, got 0"),
         ({"num_return_sequences": 1.0}, TypeError, "num_return_sequences: expected an int, got float"),
+        ({"min_new_tokens": 5}, ValueError, "min_new_tokens: expected 0 to max_new_tokens=4, got 5"),
+        ({"min_new_tokens": -1}, ValueError, "min_new_tokens: expected 0 to max_new_tokens=4, got -1"),
+        (
+            {"logits_processor": lambda tokens, logits: None},
+            TypeError,
+            r"logits_processor: expected a function that returns logits \(6, 9\) of dtype torch.float64, got NoneType",
+        ),
+        (
+            {"logits_processor": lambda tokens, logits: logits[:1]},
+            ValueError,
+            r"logits_processor: .* got shape \(1, 9\) of dtype torch.float64",
+        ),
+        (
+            {"logits_processor": lambda tokens, logits: logits, "cuda_graph": True},
+            ValueError,
+            "cuda_graph: expected None or False with a logits_processor, got True",
+        ),
         ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty: expected a finite number > 0, got 0.0"),
         ({"stop_ids": 9}, ValueError, r"stop_ids: expected tokens in \[0, 9\) without pad_id and sos_id, got 9"),
         ({"stop_ids": [SOS]}, ValueError, "stop_ids: expected tokens in"),
