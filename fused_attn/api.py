@@ -205,8 +205,8 @@ def fused_attention_varlen(
 
     Args:
         query: (total_q, H, D), the rows of all sequences one after the other.
-        key: (total_k, H, D), or (total_k, Hkv, D) with ``enable_gqa``.
-        value: (total_k, H, Dv), or (total_k, Hkv, Dv) with ``enable_gqa``.
+        key: (total_k, H, D), (total_k, Hkv, D) with ``enable_gqa``, or (total_k, 1, D), whose head all queries share.
+        value: (total_k, H, Dv), (total_k, Hkv, Dv) or (total_k, 1, Dv), as key.
         cu_seqlens_q: (num_sequences + 1,) int32; sequence n holds the query rows cu_seqlens_q[n] : cu_seqlens_q[n + 1].
         cu_seqlens_k: (num_sequences + 1,) int32, likewise for keys and values.
         max_seqlen_q: at least the longest query sequence.

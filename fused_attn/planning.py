@@ -319,7 +319,8 @@ def _packed_plan(metadata: PackedArguments, max_seqlen_q: int, max_seqlen_k: int
     if value.shape[:2] != key.shape[:2]:
         raise checks.fail("value", f"the rows and heads of key, {tuple(key.shape[:2])}", f"shape {tuple(value.shape)}")
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
-    checks.check_heads(num_heads, num_kv_heads, num_kv_heads, options.enable_gqa)
+    if checks.check_heads(num_heads, num_kv_heads, num_kv_heads, options.enable_gqa) != num_heads:
+        raise checks.fail("key", f"as many heads as query, {num_heads}", f"{num_kv_heads} heads")
     if relative_bias is not None:
         lengths = "max_seqlen_q + max_seqlen_k"
         checks.check_relative_bias(relative_bias, query, num_heads, max_seqlen_q, max_seqlen_k, lengths)

@@ -613,6 +613,11 @@ VARLEN = {
         ValueError,
         r"query: expected shape \(total, heads, head dim\), got shape \(1, 9, 2, 8\)",
     ),
+    "one-query-head": (
+        varlen(query=torch.zeros(9, 1, 8)),
+        ValueError,
+        r"key: expected as many heads as query, 1, got 2 heads",
+    ),
     "offsets-dtype": (
         varlen(cu_seqlens_q=torch.tensor([0, 4, 9])),
         TypeError,

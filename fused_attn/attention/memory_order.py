@@ -33,5 +33,14 @@ def follow_layout(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _memory_order(strides: tuple[int, ...]) -> list[int]:
-    """The dimensions before the last one in the order of their strides, the largest stride first."""
-    return sorted(range(len(strides) - 1), key=strides.__getitem__, reverse=True)
+    """The dimensions before the last one in the order of their strides, the largest stride first.
+
+    Equal strides keep their order. The loop compares strides, because `torch.compile` cannot sort by symbolic ones.
+    """
+    order: list[int] = []
+    for dim in range(len(strides) - 1):
+        at = len(order)
+        while at > 0 and strides[order[at - 1]] < strides[dim]:
+            at -= 1
+        order.insert(at, dim)
+    return order

@@ -378,6 +378,22 @@ def test_compiled_transforms(transform, backend: str, generator: torch.Generator
     torch.testing.assert_close(torch.compile(function, backend="aot_eager")(query), function(query))
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_compiled_transforms_of_any_length(transform, dynamic, backend: str, generator: torch.Generator) -> None:
+    def attention(query: Tensor) -> Tensor:
+        query = query.transpose(1, 2)  # whose memory order the output follows
+        out = ours(backend)(query, query, query)
+        return out if transform is torch.func.vmap else out.square().sum()
+
+    function = transform(attention)
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=dynamic)
+    for length in (5, 6, 9):
+        (query,) = tensors(generator, (2, 1, length, 2, 8), dtype=torch.float64, requires_grad=False)
+        query = query if transform is torch.func.vmap else query[0]
+        torch.testing.assert_close(compiled(query), function(query))
+
+
 # ---- Transforms older than torch.func: gradients of several outputs at once
 
 
