@@ -60,7 +60,7 @@ class CrossAttentionCache(WritableCopies):
         self._version: int | None = None  # of the memory; see `_version_of`
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_version": self._version == _version_of(self._memory)}
+        return super().__getstate__() | {"_version": self._version == _version_of(self._memory)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

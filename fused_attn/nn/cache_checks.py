@@ -14,11 +14,22 @@ from fused_attn.attention import checks
 class WritableCopies:
     """A cache whose copies, by ``copy.deepcopy`` or ``pickle``, can be written in any mode.
 
-    Under `torch.inference_mode`, a copied tensor is one of inference mode, which cannot be written outside of it.
+    Under `torch.inference_mode`, a copied tensor is one of inference mode, which cannot be written outside of it. A
+    copy sends no gradients to the rows that it holds: torch copies no tensor that an operation has made.
     """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: _as_leaf(x) for name, x in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({name: as_writable(x) for name, x in state.items()})
+
+
+def _as_leaf(x: Any) -> Any:
+    """x without the graph of the operation that has made it, if x is such a tensor, or a pair of them."""
+    if type(x) is tuple:
+        return tuple(map(_as_leaf, x))
+    return x.detach() if isinstance(x, Tensor) and not x.is_leaf else x
 
 
 def as_writable(x: Any) -> Any:
@@ -124,4 +135,5 @@ def check_continues(name: str, buffer: Tensor, rows: Tensor) -> None:
     if (batch, heads, columns) != (rows.shape[0], rows.shape[1], rows.shape[3]):
         raise checks.fail(name, f"shape ({batch}, {heads}, L, {columns}), as in the cache", tuple(rows.shape))
     if (buffer.dtype, buffer.device) != (rows.dtype, rows.device):
-        raise checks.fail(name, f"{buffer.dtype} on {buffer.device}, as in the cache", f"{rows.dtype} on {rows.device}")
+        got = f"{rows.dtype} on {rows.device}; cache.to(...) converts a cache, such as one of steps under autocast"
+        raise checks.fail(name, f"{buffer.dtype} on {buffer.device}, as in the cache", got)

@@ -102,6 +102,7 @@ class Search:
     log_probs: (rows, T), the log-probability of each token
     position: (rows,) int64, the index of the newest token in its row
     has_ended: (rows,) bool
+    is_invalid: (rows,) bool, whether log-probabilities were NaN before the row ended
     seen: (rows, V) bool, the tokens of the row so far, for the repetition penalty; else None
     """
 
@@ -124,6 +125,7 @@ class Search:
         self.float_dtype = torch.promote_types(memory.dtype, torch.float32)
         self.log_probs = torch.zeros(self.tokens.shape, dtype=self.float_dtype, device=device)
         self.has_ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.is_invalid = torch.zeros_like(self.has_ended)
         vocab = model.tgt_vocab_size
         self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=device)
         self.is_stop[torch.tensor([model.eos_id, *settings.stop_ids], device=device)] = True
@@ -168,7 +170,7 @@ class Search:
             token = log_probs.max(dim=-1).indices  # on a CPU, argmax takes four times as long
         log_prob = log_probs.gather(1, token[:, None])[:, 0].masked_fill(self.has_ended, 0.0)
         self._append(token.masked_fill(self.has_ended, self.model.pad_id), log_prob)
-        self.has_ended.logical_or_(self.is_stop[token])
+        self.has_ended.logical_or_(self.is_stop[token] | self.is_invalid)
 
     def is_done(self) -> Tensor:
         """() bool: whether no step can change the result."""
@@ -179,7 +181,8 @@ class Search:
         return self.tokens.gather(1, self.position[:, None])[:, 0]
 
     def result(self) -> Generation:
-        """The targets so far."""
+        """The targets so far. Raises ValueError if a log-probability was NaN."""
+        self._check_numbers()
         is_new = torch.arange(self.tokens.shape[1], device=self.device) > self.start[:, None]
         scores = self.log_probs.masked_fill(~is_new, 0.0).sum(dim=1)
         return Generation(*_trimmed(self.tokens, self.log_probs, self.model.pad_id, scores))
@@ -201,7 +204,17 @@ class Search:
         if self.settings.min_new_tokens > 0:
             is_short = self.position - self.start < self.settings.min_new_tokens
             logits = logits.masked_fill(is_short[:, None] & self.is_stop, MINUS_INF)
-        return logits.log_softmax(dim=-1)
+        log_probs = logits.log_softmax(dim=-1)
+        # One NaN, one +inf, or -inf for all tokens makes all of a row NaN.
+        self.is_invalid.logical_or_(log_probs[:, 0].isnan() & ~self.has_ended)
+        return log_probs
+
+    def _check_numbers(self) -> None:
+        """Raises ValueError if the log-probabilities of a row were NaN. Its tokens would be arbitrary."""
+        if self.is_invalid.any():
+            sources = (self.is_invalid.view(self.batch, -1).any(dim=1).nonzero()[:, 0]).tolist()
+            expected = "logits that are finite, or -inf for some of the tokens"
+            raise checks.fail("generate", expected, f"NaN, inf or no possible token for the sources {sources}")
 
     def _tokens_so_far(self) -> Tensor:
         """(rows, n) int64: the tokens of all rows. The host reads n, the length of the longest row."""
@@ -292,7 +305,8 @@ class BeamSearch(Search):
         return self.is_finished.all()
 
     def result(self) -> Generation:
-        """The best hypotheses of each source. Ended ones come before open ones."""
+        """The best hypotheses of each source, ended ones before open ones. Raises ValueError as `Search.result`."""
+        self._check_numbers()
         count = self.settings.num_return_sequences
         length_factor = self.count**self.settings.length_penalty
         has_ended = self.ended_scores > MINUS_INF  # these come first
@@ -330,7 +344,7 @@ def generate(
     prefix: Tensor | None,
     settings: Settings,
     *,
-    on_tokens: Callable[[Tensor], None] | None,
+    on_tokens: Callable[[Tensor], bool | None] | None,
     progress: bool,
     cuda_graph: bool | None,
 ) -> Generation:
@@ -352,9 +366,10 @@ def generate(
             if search.reserve(search.first + count):
                 step.forget()
             step(remaining=settings.max_new_tokens - count)
-            if on_tokens is not None:
-                on_tokens(search.newest())
+            is_enough = on_tokens is not None and on_tokens(search.newest()) is True
             advance(f"{count + 1} tokens")
+            if is_enough:
+                break
             if watch.has_ended():
                 break
     return search.result()
@@ -418,9 +433,11 @@ def _trimmed(tokens: Tensor, log_probs: Tensor, pad_id: int, scores: Tensor) -> 
     return tokens[:, 1:end], scores, log_probs[:, 1:end]
 
 
-def checked_stop_ids(stop_ids: int | Sequence[int]) -> tuple[int, ...]:
+def checked_stop_ids(stop_ids: int | Sequence[int] | Tensor) -> tuple[int, ...]:
     """The stop tokens as a tuple. Raises TypeError unless they are ints."""
     expected = "an int or a sequence of ints"
+    if isinstance(stop_ids, Tensor):
+        stop_ids = stop_ids.tolist()
     if isinstance(stop_ids, (str, bytes)) or not isinstance(stop_ids, Iterable):
         checks.check_integer("stop_ids", stop_ids, expected)  # type: ignore[arg-type]
         return (stop_ids,)  # type: ignore[return-value]
@@ -435,7 +452,7 @@ def check(
     src: Tensor,
     prefix: Tensor | None,
     settings: Settings,
-    on_tokens: Callable[[Tensor], None] | None,
+    on_tokens: Callable[[Tensor], bool | None] | None,
     progress: bool,
     cuda_graph: bool | None,
 ) -> None:
@@ -485,7 +502,7 @@ def _check_types(
     src: Tensor,
     prefix: Tensor | None,
     settings: Settings,
-    on_tokens: Callable[[Tensor], None] | None,
+    on_tokens: Callable[[Tensor], bool | None] | None,
     progress: bool,
     cuda_graph: bool | None,
 ) -> None:

@@ -353,7 +353,7 @@ class StaticSelfAttentionCache(WritableCopies):
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise checks.fail("cache", "keys and values without gradient in a static cache", "one; use torch.no_grad()")
         if self._at_most is None or torch.compiler.is_compiling():
-            return  # On a CPU, a write behind the buffer raises IndexError. On a GPU, its kernel stops with an error.
+            return  # On a CPU, `_write` refuses too many rows. On a GPU, its kernel stops with an error.
         most = self._at_most + key.shape[2]
         if most > self.max_length:
             raise checks.fail("cache", f"at most max_length={self.max_length} rows", most)
@@ -362,7 +362,11 @@ class StaticSelfAttentionCache(WritableCopies):
     def _write(self, rows: _StaticRows, key: Tensor, value: Tensor) -> CachedRows:
         """Writes the new rows, and returns what attention reads."""
         seqlen_q = key.shape[2]
-        rows.write(rows.columns(seqlen_q), key, value)
+        try:
+            rows.write(rows.columns(seqlen_q), key, value)
+        except IndexError:  # on a CPU, where nothing has been written then
+            most = int(rows.lengths.max()) + seqlen_q
+            raise checks.fail("cache", f"at most max_length={self.max_length} rows", most) from None
         self._add_lengths(rows, seqlen_q)
         rows.key_lengths.copy_(rows.lengths)
         options: dict[str, Any] = {"key_lengths": rows.key_lengths}

@@ -338,11 +338,11 @@ class Seq2SeqTransformer(nn.Module):
         repetition_penalty: float = 1.0,
         prefix: Tensor | None = None,
         num_return_sequences: int = 1,
-        stop_ids: int | Sequence[int] = (),
+        stop_ids: int | Sequence[int] | Tensor = (),
         min_new_tokens: int = 0,
         logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
         return_scores: bool = False,
-        on_tokens: Callable[[Tensor], None] | None = None,
+        on_tokens: Callable[[Tensor], bool | None] | None = None,
         progress: bool = False,
         cuda_graph: bool | None = None,
     ) -> Tensor | Generation:
@@ -384,8 +384,9 @@ class Seq2SeqTransformer(nn.Module):
                 right. No step is captured as a CUDA graph then.
             return_scores: return a `Generation`, which also has the log-probabilities.
             on_tokens: called after each step with the new tokens (B * R,), on the device of the model. Targets that
-                have ended get ``pad_id``. On a GPU, up to four calls may follow after all targets have ended. The
-                function must not change the model, because the steps of a generation are recorded.
+                have ended get ``pad_id``. If the function returns True, the generation ends. On a GPU, up to four calls
+                may follow after all targets have ended. The function must not change the model, because the steps of a
+                generation are recorded.
             progress: show a progress bar, if rich is installed and the output is a terminal.
             cuda_graph: None = capture the step as a CUDA graph if possible. False = never. True = raise an error if
                 this is not possible.
@@ -398,7 +399,8 @@ class Seq2SeqTransformer(nn.Module):
 
         Raises:
             TypeError: the tokens have another dtype, or another argument has the wrong type.
-            ValueError: an argument is out of range, or two arguments exclude each other.
+            ValueError: an argument is out of range, or two arguments exclude each other. The logits of a target were
+                NaN or +inf, as float16 can overflow, or -inf for all tokens.
         """
         stop_ids = generation.checked_stop_ids(stop_ids)
         settings = Settings(

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 
+from fused_attn import TransformerDecoder, TransformerDecoderLayer
 from fused_attn.nn import FusedMultiheadAttention, SlidingSelfAttentionCache, StaticSelfAttentionCache
 from fused_attn.nn.cache import CrossAttentionCache, KVCache, SelfAttentionCache, SlidingKVCache, StaticKVCache
 
@@ -381,3 +382,28 @@ def test_the_length_of_an_empty_batch(kind: str) -> None:
 def test_a_sliding_cache_is_cropped_to_an_int(length) -> None:
     with pytest.raises(TypeError, match="length: expected an int, got"):
         SlidingSelfAttentionCache(4).crop(length)
+
+
+def test_a_cache_with_gradients_can_be_copied() -> None:
+    """torch itself copies no tensor that an operation has made."""
+    decoder = TransformerDecoder(TransformerDecoderLayer(16, 2, dropout=0.0, batch_first=True), num_layers=2)
+    memory, rows = torch.randn(2, 5, 16), torch.randn(2, 4, 16)
+    cache = KVCache(2)
+    decoder(rows[:, :3], memory, cache=cache)
+    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    with torch.no_grad():
+        expected = decoder(rows[:, 3:], memory, cache=cache)
+    for found in copies:
+        with torch.no_grad():
+            found = decoder(rows[:, 3:], memory, cache=found)
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_static_cache_of_different_lengths_tells_that_it_is_full() -> None:
+    cache, rows = StaticSelfAttentionCache(4), torch.randn(2, 4, 3, 8)
+    cache.append(rows, rows)
+    cache.crop(torch.tensor([3, 2]))
+    cache.append(rows[:, :, :1], rows[:, :, :1])
+    with pytest.raises(ValueError, match=r"^cache: expected at most max_length=4 rows, got 5$"):
+        cache.append(rows[:, :, :1], rows[:, :, :1])
+    assert cache.length == 4

@@ -124,7 +124,7 @@ def test_min_new_tokens(options, has_prefix) -> None:
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_logits_processor_gets_the_tokens_so_far(num_beams) -> None:
     """A processor in the form of those of Hugging Face: no token may follow itself."""
-    model = make_model(seed=3)
+    model = make_model(seed=2)
     calls = []
 
     def processor(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -137,13 +137,52 @@ def test_logits_processor_gets_the_tokens_so_far(num_beams) -> None:
     )
     starts = torch.cat((torch.full((len(SRC), 1), SOS), padded(PREFIXES)), dim=1)
     assert torch.equal(calls[0], starts.repeat_interleave(num_beams, 0))
-    assert len(calls) == 6 or model.eos_id in found.tokens
+    assert len(calls) == 6
     for row, prefix in zip(found.tokens, PREFIXES, strict=True):
         tokens = [SOS, *without_padding(row)]
         assert all(tokens[i] != tokens[i - 1] for i in range(1 + len(prefix), len(tokens)))
     assert found.scores.isfinite().all()
     unchanged = model.generate(SRC, 6, num_beams=num_beams, logits_processor=lambda tokens, logits: logits)
     assert torch.equal(unchanged, model.generate(SRC, 6, num_beams=num_beams))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "samples"])
+def test_logits_that_are_no_numbers_are_refused(options) -> None:
+    """float16 can overflow. Tokens of such logits would be arbitrary, and pad_id among them."""
+    model = make_model()
+
+    def spoil(module, args, out: Tensor) -> Tensor:
+        rows = len(out) // len(SRC)
+        return out.index_fill(0, torch.arange(2 * rows, 3 * rows), math.nan)
+
+    model.generator.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"^generate: expected logits that are finite, .* for the sources \[2\]"):
+        model.generate(SRC, 4, **options)
+
+
+def test_a_row_that_has_ended_may_have_any_logits() -> None:
+    model = make_model(seed=2)
+    expected = model.generate(SRC, 6, stop_ids=[STOP])
+    has_ended = torch.zeros(len(SRC), dtype=torch.bool)
+    assert (expected[:, -1] == PAD).any() and (expected[:, -1] != PAD).any()
+
+    def note(new: Tensor) -> None:
+        has_ended.logical_or_((new == EOS) | (new == STOP))
+
+    model.generator.register_forward_hook(lambda module, args, out: out.masked_fill(has_ended[:, None], math.nan))
+    assert torch.equal(model.generate(SRC, 6, stop_ids=[STOP], on_tokens=note), expected)
+
+
+def test_on_tokens_ends_a_generation() -> None:
+    model, calls = make_model(), []
+    found = model.generate(SRC, 9, on_tokens=lambda new: calls.append(new) or len(calls) == 3)
+    assert len(calls) == 3 and torch.equal(found, torch.stack(calls, dim=1))
+
+
+def test_stop_ids_may_be_a_tensor() -> None:
+    model = make_model(seed=2)
+    expected = model.generate(SRC, 9, stop_ids=[STOP, 5])
+    assert torch.equal(model.generate(SRC, 9, stop_ids=torch.tensor([STOP, 5])), expected)
 
 
 @pytest.mark.parametrize(
