@@ -94,7 +94,7 @@ class KeyStream {
 
   // Without a mask and without a list, the band shows each key to some query.
   void take_keys(KeyBlock& block, int& count, uint64_t& common) {
-    count = next_ < end_ ? static_cast<int>(std::min(end_ - next_, keys_to_step(next_))) : 0;
+    count = next_ < end_ ? static_cast<int>(keys_of_block(end_ - next_)) : 0;
     const bool full = band_.all_visible(q_begin_, q_last_, next_, next_ + count - 1);
     for (int k = 0; k < count; ++k) {
       block.index[k] = static_cast<int32_t>(next_ + k);
@@ -153,6 +153,16 @@ class KeyStream {
       append_if_seen(block, count, common, j,
                      mask_.present() ? visible_bits(j) & mask_.words(j)[j & 63] : visible_bits(j));
     }
+  }
+
+  // The number of keys of the next block, if `left` keys are left. A block that begins between two multiples of step_ is
+  // as short as it can be without a further block: the other blocks of a window then hold as many keys as possible that
+  // the next queries see, too. With AMX, forward of 2048 queries that see a window of 500 or 100 keys takes 0.84 to 0.93
+  // of the time that it takes with blocks of kBlockK keys, and with 150 of 1024 keys as padding on the left 0.83 to 0.92.
+  int64_t keys_of_block(int64_t left) const {
+    if (left <= kBlockK || next_ % step_ == 0) return std::min<int64_t>(left, kBlockK);
+    const int64_t later = (left - 1) / kBlockK * kBlockK;
+    return std::min(round_up(next_ + left - later, step_) - next_, keys_to_step(next_));
   }
 
   // The largest number of keys, at most kBlockK, after which a block that begins with key j ends at a multiple of step_.
