@@ -155,17 +155,19 @@ class KeyStream {
     }
   }
 
-  // The number of keys of the next block, if `left` keys are left. A block that begins between two multiples of step_ is
-  // as short as it can be without a further block: the other blocks of a window then hold as many keys as possible that
-  // the next queries see, too. With AMX, forward of 2048 queries that see a window of 500 or 100 keys takes 0.84 to 0.93
-  // of the time that it takes with blocks of kBlockK keys, and with 150 of 1024 keys as padding on the left 0.83 to 0.92.
+  // The number of keys of the next block, if `left` keys are left. A block that begins between two multiples of step_
+  // is as short as it can be without a further block: the other blocks of a window then hold as many keys as possible
+  // that the next queries see, too. With AMX, forward of 2048 queries that see a window of 500 or 100 keys takes 0.84
+  // to 0.93 of the time that it takes with blocks of kBlockK keys, and with 150 of 1024 keys as padding on the left
+  // 0.83 to 0.92.
   int64_t keys_of_block(int64_t left) const {
     if (left <= kBlockK || next_ % step_ == 0) return std::min<int64_t>(left, kBlockK);
     const int64_t later = (left - 1) / kBlockK * kBlockK;
     return std::min(round_up(next_ + left - later, step_) - next_, keys_to_step(next_));
   }
 
-  // The largest number of keys, at most kBlockK, after which a block that begins with key j ends at a multiple of step_.
+  // The largest number of keys, at most kBlockK, after which a block that begins with key j ends at a multiple of
+  // step_.
   int64_t keys_to_step(int64_t j) const { return kBlockK - j % step_; }
 
   // Appends key j to the block, unless its word is 0.
