@@ -63,10 +63,10 @@ struct SummedRows {
 
   static constexpr int64_t kMaxCachedBytes = int64_t{1} << 20;  // half of a typical second-level cache or less
 
-  const char** rows;   // the result of find(): one row for each key of the block, or for each pair of keys
-  Lane* block;         // memory for the converted or interleaved rows of one block
-  int64_t pairs;       // the number of pairs in the cache; 0 = no cache
-  Lane* cached;        // the cache: [pair i, of the keys 2 i and 2 i + 1][dim, padded]
+  const char** rows;    // the result of find(): one row for each key of the block, or for each pair of keys
+  Lane* block;          // memory for the converted or interleaved rows of one block
+  int64_t pairs;        // the number of pairs in the cache; 0 = no cache
+  Lane* cached;         // the cache: [pair i, of the keys 2 i and 2 i + 1][dim, padded]
   uint8_t* num_cached;  // [pair]: how many of its keys the cache holds
   RowSource<Storage>* cached_source;  // where the cached rows come from; a pointer, because find() is const
 
