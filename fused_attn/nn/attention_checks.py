@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from fused_attn.attention.causal_bias import causal_bias_offset
 from fused_attn.nn.arguments import check_divides, check_mask_dtype, check_sizes
 from fused_attn.nn.paged_self_attention import PagedSelfAttentionCache, paged_hint
 from fused_attn.nn.self_attention_cache import SlidingSelfAttentionCache, StaticSelfAttentionCache
-
-if TYPE_CHECKING:
-    from fused_attn.nn.attention import AttentionCache
 
 
 def check_nested(
@@ -95,7 +92,7 @@ def check_cache(
     module: Any,
     query: Tensor,
     key: Tensor,
-    cache: AttentionCache,
+    cache: Any,
     key_padding_mask: Tensor | None,
     need_weights: bool,
     attn_mask: Tensor | None,
