@@ -6,9 +6,11 @@ three functions stand side by side. The first makes the tensor, the second knows
 
 | mask | tensor | functions |
 |---|---|---|
-| a causal mask or a window, with padding | (B, sides, 1, reach + 2, S) bool | `_band`, `_is_band`, `band_of` |
-| the tokens after a static cache | (B, 1, 1, 1, 1) int32, L >= 1 | `_lengths`, `_is_lengths`, `_masks_of_lengths` |
+| a causal mask or a window, with padding | (B, sides, 11, reach + 2, S) bool | `_band`, `is_band`, `band_of` |
+| the tokens after a static cache | (B, 1, 11, 1, 1) int32, L >= 1 | `_lengths`, `_is_lengths`, `_masks_of_lengths` |
 | packed sequences | (B, 1, L, 1 + window, 2) int32, L > 1 | `_packed_ranges`, `_is_packed`, `_packed_band` |
+
+The 11 is `_NO_HEADS`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ from transformers.masking_utils import (
 
 from fused_attn.attention.key_ranges import key_ranges_of_segments
 from fused_attn.integrations.huggingface_models import check_reads_masks, kind_of, needs_dense_masks
+
+#: Attention that does not know these masks may add them to its scores (B, H, L, S). A dimension of this size then meets
+#: the heads and raises an error. A size of 1 would broadcast to wrong results. Hardly any model has 11 heads. The
+#: dimension is expanded, so it takes no memory.
+_NO_HEADS = 11
 
 
 def attention_mask_of(
@@ -57,12 +64,12 @@ def attention_mask_of(
         One of six:
 
         - None: nothing is hidden.
-        - A band, (B, sides, 1, reach + 2, S) bool. True = the key is no padding. Without padding, B and S are 1. The
+        - A band, (B, sides, 11, reach + 2, S) bool. True = the key is no padding. Without padding, B and S are 1. The
           sizes of the other dimensions carry the numbers:
           ``sides`` is 1 for a causal band (upper left) and 2 for a band on both sides;
           ``reach`` is how far a query sees on each side, and -1 means all.
           A band is expanded, so it takes O(B S) memory. A band that is given as `attention_mask` is returned.
-        - (B|1, 1, 1, 1, 1) int32: the number of keys so far. The queries are the newest ones, and causal.
+        - (B|1, 1, 11, 1, 1) int32: the number of keys so far. The queries are the newest ones, and causal.
         - (B, 1, 1, S) bool: padding. True = attend.
         - (B|1, 1, L, 1 + window, 2) int32, L > 1: sequences that are packed into one batch entry, causal. For each
           query, begin and end of its sequence. The range is expanded, to carry the window by the size of a dimension:
@@ -142,7 +149,7 @@ def masks_of(module: nn.Module, mask: Tensor | None, query: Tensor, is_causal: b
         return _packed_band(mask) | {"key_ranges": mask[:, :, :, :1]}
     if _is_lengths(mask):
         return _masks_of_lengths(mask, query)
-    if not _is_band(mask):
+    if not is_band(mask):
         raise ValueError(
             f"attention_mask: expected a mask of transformers' mask functions or of shape (B, H, L, S), got "
             f"{mask.dtype} of shape {tuple(mask.shape)} from {type(module).__name__}"
@@ -189,15 +196,15 @@ def are_of_one_sequence(offsets_q: Tensor, offsets_k: Any, shape: torch.Size) ->
 
 
 def _band(padding: Tensor | None, sides: int, reach: int, device: torch.device | str | None) -> Tensor:
-    """A band as `attention_mask_of` returns it: (B, sides, 1, reach + 2, S), or (1, sides, 1, reach + 2, 1)."""
+    """A band as `attention_mask_of` returns it: (B, sides, 11, reach + 2, S), or (1, sides, 11, reach + 2, 1)."""
     if padding is None:
         padding = torch.ones((1, 1), dtype=torch.bool, device=device)
-    return padding[:, None, None, None].expand(-1, sides, -1, reach + 2, -1)
+    return padding[:, None, None, None].expand(-1, sides, _NO_HEADS, reach + 2, -1)
 
 
-def _is_band(mask: Tensor) -> bool:
+def is_band(mask: Tensor) -> bool:
     """Whether a mask of `attention_mask_of` is a band."""
-    return mask.ndim == 5 and mask.dtype == torch.bool and mask.shape[2] == 1
+    return mask.ndim == 5 and mask.dtype == torch.bool
 
 
 def band_of(mask: Tensor) -> dict[str, Any]:
@@ -210,18 +217,18 @@ def band_of(mask: Tensor) -> dict[str, Any]:
 
 
 def _lengths(lengths: Tensor) -> Tensor:
-    """The numbers of keys so far, () or (B,), as `attention_mask_of` returns them: (B|1, 1, 1, 1, 1) int32."""
-    return lengths.to(torch.int32).view(-1, 1, 1, 1, 1)
+    """The numbers of keys so far, () or (B,), as `attention_mask_of` returns them: (B|1, 1, 11, 1, 1) int32."""
+    return lengths.to(torch.int32).view(-1, 1, 1, 1, 1).expand(-1, -1, _NO_HEADS, -1, -1)
 
 
 def _is_lengths(mask: Tensor) -> bool:
     """Whether a mask of `attention_mask_of` holds numbers of keys."""
-    return mask.ndim == 5 and mask.dtype == torch.int32 and mask.shape[1:] == (1, 1, 1, 1)
+    return mask.ndim == 5 and mask.dtype == torch.int32 and mask.shape[4] == 1
 
 
 def _masks_of_lengths(mask: Tensor, query: Tensor) -> dict[str, Any]:
     """The arguments of `fused_attention` for numbers of keys. The queries are the newest tokens."""
-    lengths = {"key_lengths": mask.flatten().expand(query.shape[0])}
+    lengths = {"key_lengths": mask[:, 0, 0, 0, 0].expand(query.shape[0])}
     return lengths if query.shape[2] == 1 else lengths | {"is_causal": True, "diagonal_alignment": "lower_right"}
 
 
@@ -235,7 +242,7 @@ def _packed_ranges(sequences: Tensor, window: int) -> Tensor:
 
 def _is_packed(mask: Tensor) -> bool:
     """Whether a mask of `attention_mask_of` holds the ranges of packed sequences."""
-    return mask.ndim == 5 and mask.dtype == torch.int32 and mask.shape[2] > 1
+    return mask.ndim == 5 and mask.dtype == torch.int32 and mask.shape[4] == 2
 
 
 def _packed_band(mask: Tensor) -> dict[str, Any]:

@@ -14,6 +14,7 @@ attention sends messages, by `fused_attn.distributed.context_parallel_attention`
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 from typing import Any
@@ -27,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fused_attn.attention import checks
 from fused_attn.distributed import context_parallel_attention, shard_sequence
 from fused_attn.distributed.attention import METHODS
-from fused_attn.distributed.sequence import group_of
+from fused_attn.distributed.sequence import ROWS_OF_RANK, Sharding, group_of, shardings_of
 from fused_attn.integrations import huggingface, huggingface_masks
 
 try:
@@ -61,22 +62,33 @@ def context_parallel(
     *,
     method: str = "auto",
     backend: str | None = None,
+    compare_ranks: bool = True,
 ) -> PreTrainedModel:
     """Share the sequences of a causal language model among the ranks of a mesh, in place.
 
     The model takes whole batches, the same on all ranks: ``input_ids`` or ``inputs_embeds``, ``labels`` or
     ``shift_labels``, ``attention_mask`` (B, L) and ``position_ids``. Logits and hidden states are those of the rows of
-    the rank, in the order of `fused_attn.distributed.shard_sequence`.
+    the rank, in the order of `fused_attn.distributed.shard_sequence`. Every rank needs rows, so W ranks take batches of
+    more than 8 (W - 1) tokens.
 
     On every rank, ``loss`` has the value that one process would compute. The gradient of one process is the mean of the
     gradients of the ranks. FSDP2 and DistributedDataParallel compute this mean. Whoever uses neither adds up the
-    gradients and divides by the number of ranks.
+    gradients and divides by the number of ranks. ``num_items_in_batch`` divides the loss as in one process.
+
+    ``model.set_attn_implementation("fused_attn")``, or another name, ends the sharing: the model then computes whole
+    batches in each process, for instance in ``generate``. Another call of `context_parallel` shares the sequences
+    again. A call for a model that is shared already replaces the earlier one. The model gets a copy of its
+    configuration, so other models with the same configuration object do not change.
 
     Args:
         model: a causal language model of one of `MODEL_TYPES`, before or after FSDP2 is applied.
         mesh: the ranks that share the sequences; see `context_parallel_attention`.
         method: see `context_parallel_attention`.
         backend: see `fused_attention`.
+        compare_ranks: whether each call of the model first compares the arguments of the ranks: names, shapes, dtypes,
+            and checksums of integers. The contents of floating-point tensors are not compared. The comparison is a
+            small collective, for which the host waits. Without the comparison, ranks that differ get wrong results, or
+            wait for each other in vain.
 
     Returns:
         The model.
@@ -84,8 +96,14 @@ def context_parallel(
     Raises:
         TypeError, ValueError: the model is none of these, or its rotary embedding depends on the longest position.
             When the model is called: there is a cache, packed sequences, a mask of more dimensions, or another argument
-            that cannot be shared.
+            that cannot be shared; or the batch is too short. With compare_ranks, arguments that differ between the
+            ranks raise on all of them.
     """
+    return _share(model, _Ranks(mesh, method, backend, compare_ranks))
+
+
+def _share(model: PreTrainedModel, ranks: _Ranks) -> PreTrainedModel:
+    """Checks the model and puts the hooks and the attention of these ranks on the model."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
     config: Any = model.config
@@ -97,20 +115,18 @@ def context_parallel(
     for kind in _rope_types(config):
         if "dynamic" in kind or kind == "longrope":
             raise checks.fail("model", "a rotary embedding that does not depend on the longest position", repr(kind))
-    if method not in METHODS:
-        raise checks.fail("method", f"one of {METHODS}", repr(method))
-    ranks = _Ranks(mesh, method, backend)
-    name = next(_names)
-    AttentionInterface.register(name, ranks.attention)
-    AttentionMaskInterface.register(name, ranks.mask)
-    huggingface.enable(model, backend)
-    model.set_attn_implementation(name)
+    _remove_hooks(model)
+    _copy_config(model)
+    AttentionInterface.register(ranks.name, ranks.attention)
+    AttentionMaskInterface.register(ranks.name, ranks.mask)
+    huggingface.enable(model, ranks.backend)
+    model.set_attn_implementation(ranks.name)
     model.register_forward_pre_hook(ranks.shard, with_kwargs=True)
     model.register_forward_hook(ranks.join, with_kwargs=True)
     return model
 
 
-def attach(trainer: Any, *, method: str = "auto", backend: str | None = None) -> None:
+def attach(trainer: Any, *, method: str = "auto", backend: str | None = None, compare_ranks: bool = True) -> None:
     """Put `context_parallel` in the place of accelerate's context parallelism, before training begins.
 
         args = TrainingArguments(parallelism_config=ParallelismConfig(cp_size=2), fsdp=True, ...)
@@ -124,11 +140,12 @@ def attach(trainer: Any, *, method: str = "auto", backend: str | None = None) ->
     Args:
         trainer: a Trainer of transformers, whose model is shared here; or an Accelerator before ``prepare``, whose
             model you share by `context_parallel`.
-        method, backend: see `context_parallel`.
+        method, backend, compare_ranks: see `context_parallel`.
 
     Raises:
         TypeError: trainer is neither.
-        ValueError: there is no context parallelism in the ParallelismConfig.
+        ValueError: there is no context parallelism in the ParallelismConfig, or the TrainingArguments have a
+            label_smoothing_factor.
     """
     accelerator = getattr(trainer, "accelerator", trainer)
     if not hasattr(accelerator, "parallelism_config"):
@@ -136,25 +153,48 @@ def attach(trainer: Any, *, method: str = "auto", backend: str | None = None) ->
     config = accelerator.parallelism_config
     if config is None or not config.cp_enabled:
         raise checks.fail("trainer", "one with ParallelismConfig(cp_size=2) or more ranks", repr(config))
+    smoothing = getattr(getattr(trainer, "args", None), "label_smoothing_factor", 0.0)
+    if smoothing:
+        expected = "one with label_smoothing_factor=0, as its loss would see the logits of one rank only"
+        raise checks.fail("trainer", expected, smoothing)
     _replace(accelerator, "_prepare_cp", lambda *args: args)  # which refuses windows and drops masks
     if trainer is not accelerator:
         _replace(trainer, "_prepare_context_parallel_inputs", lambda _, inputs: (contextlib.nullcontext, inputs))
-        context_parallel(trainer.model, accelerator.torch_device_mesh["cp"], method=method, backend=backend)
+        mesh = accelerator.torch_device_mesh["cp"]
+        _share(trainer.model, _Ranks(mesh, method, backend, compare_ranks, of_trainer=True))
 
 
 class _Ranks:
-    """The ranks that share the sequences of one model.
+    """The ranks that share the sequences of one model, or of its copies.
 
-    length: the rows of the whole batch, from the newest call of the model
+    of_trainer: whether the Trainer gives num_items_in_batch, and scales the loss by the number of ranks
+    name: that of the attention, for ``attn_implementation``
+    length: the rows of the whole batch of the call that runs; `mask` hands the number on to the layers
     """
 
-    def __init__(self, mesh: DeviceMesh | dist.ProcessGroup, method: str, backend: str | None):
-        self.mesh, self.method, self.backend, self.length = mesh, method, backend, 0
-        self.group = group_of(mesh)
+    def __init__(
+        self, mesh: DeviceMesh | dist.ProcessGroup, method: str, backend: str | None, compare_ranks: bool,
+        of_trainer: bool = False,
+    ):  # fmt: skip
+        if method not in METHODS:
+            raise checks.fail("method", f"one of {METHODS}", repr(method))
+        checks.check_flags(compare_ranks=compare_ranks)
+        self.mesh, self.method, self.backend, self.of_trainer = mesh, method, backend, of_trainer
+        self.group, self.name, self.length = group_of(mesh), next(_names), 0
         self.world = dist.get_world_size(self.group)
+        self.compares = compare_ranks and self.world > 1
 
-    def shard(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def __deepcopy__(self, memo: dict) -> _Ranks:
+        """Copies of a model keep the name of the attention, and a process group cannot be copied."""
+        return self
+
+    def shard(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """The forward pre-hook of the model: the rows of this rank instead of the whole batch."""
+        if not self._is_chosen(model):
+            return None
+        if self.compares:
+            self._compare(model, args, kwargs)
+        # From here on, what raises on one rank raises on all of them.
         given = {name: x for name, x in kwargs.items() if x is not None}
         if len(args) > 1:
             raise checks.fail("inputs", "one positional argument, input_ids, and the others by name", f"{len(args)}")
@@ -163,8 +203,9 @@ class _Ranks:
         tokens = given.get("input_ids", given.get("inputs_embeds"))
         if tokens is None:
             raise checks.fail("input_ids", "the tokens (B, L) of the whole batch", None)
-        _check_inputs(given, tokens.shape[:2])
+        _check_inputs(given, tokens.shape[:2], model.config)
         device, (batch, self.length) = tokens.device, tokens.shape[:2]
+        self._check_length(self.length)
         if "attention_mask" not in given:
             if "position_ids" in given and find_packed_sequence_indices(given["position_ids"]) is not None:
                 raise checks.fail("position_ids", "those of one sequence in each batch entry", "packed sequences")
@@ -176,7 +217,10 @@ class _Ranks:
             given["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=_NO_LABEL)
         if "shift_labels" in given:
             # A model divides the sum of its losses by this number. The mean over the ranks is the loss of the batch.
-            given.setdefault("num_items_in_batch", (given["shift_labels"] != _NO_LABEL).sum() / self.world)
+            if "num_items_in_batch" not in given:
+                given["num_items_in_batch"] = (given["shift_labels"] != _NO_LABEL).sum() / self.world
+            elif not self.of_trainer:
+                given["num_items_in_batch"] = given["num_items_in_batch"] / self.world
         given = {name: shard_sequence(x, self.mesh, 1) if name in _ROWS else x for name, x in given.items()}
         if "shift_labels" in given:
             given["labels"] = given["shift_labels"]  # models compute a loss if there are labels
@@ -184,7 +228,7 @@ class _Ranks:
 
     def join(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
         """The forward hook of the model: the loss has the value of the whole batch and the gradient of the rank."""
-        if "shift_labels" not in kwargs:
+        if "shift_labels" not in kwargs or not self._is_chosen(model):
             return out
         loss = out[0]  # the first entry of a tuple and of a ModelOutput
         whole = loss.detach().clone()
@@ -195,18 +239,42 @@ class _Ranks:
         out["loss"] = loss
         return out
 
+    def _is_chosen(self, model: nn.Module) -> bool:
+        """Whether the model still has the attention of these ranks. A user may have chosen another one since."""
+        config: Any = model.config
+        return config._attn_implementation == self.name
+
+    @torch.compiler.disable  # a graph could hold neither the comparison nor its error
+    @torch.no_grad()
+    def _compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raises ValueError on all ranks if they call the model in different ways."""
+        given = {name: x for name, x in kwargs.items() if x is not None} | dict(zip(("input_ids",), args, strict=False))
+        described = {name: _described(given[name]) for name in sorted(given)}
+        described |= {"positional arguments": len(args), "model.training": model.training}
+        described["torch.is_grad_enabled()"] = torch.is_grad_enabled()
+        devices: Any = (x.device for x in itertools.chain(given.values(), model.parameters()) if isinstance(x, Tensor))
+        shardings_of({}, self.group, next(devices), described)
+
+    def _check_length(self, length: int) -> None:
+        """Raises ValueError if a rank would have no rows, which models do not expect."""
+        sharding = Sharding.of(length, self.world)
+        if min(map(sharding.rows, range(self.world))) == 0:
+            least = ROWS_OF_RANK // 2 * (self.world - 1)
+            raise checks.fail("input_ids", f"more than {least} tokens for {self.world} ranks", f"{length}")
+
     def mask(self, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         """A mask function for transformers: the band of the whole sequences with the padding (B, rows of this rank)."""
         if attention_mask is None:
-            raise checks.fail("attention_mask", "a call of the whole model, whose hook gives one", None)
+            raise checks.fail("attention_mask", "a call of the whole model that context_parallel was given", None)
         rows = attention_mask.shape[1]
         # The numbers of a band follow from the whole length. Padding ends with the rows of this rank.
         found = huggingface.attention_mask_of(
             q_length=self.length, kv_length=self.length, attention_mask=attention_mask, **kwargs
         )
-        if found is None or found.ndim != 5 or found.dtype != torch.bool or found.shape[2] != 1:
+        if found is None or not huggingface_masks.is_band(found):
             raise checks.fail("attention_mask", "causal masks and windows in a model that ranks share", "another mask")
-        return found[..., :rows]
+        # The mask carries the whole length. Checkpointing computes a layer again when a later call has another length.
+        return found[:, :, :1, :, :rows].expand(-1, -1, self.length, -1, -1)
 
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
@@ -220,19 +288,23 @@ class _Ranks:
             options["sinks"] = options["sinks"].view_as(options["sinks"])
             options["sinks"].register_hook(functools.partial(torch.mul, other=1.0 / self.world))
         out: Any = context_parallel_attention(
-            query, key, value, mesh=self.mesh, method=self.method, seqlens=(self.length, self.length),
+            query, key, value, mesh=self.mesh, method=self.method, seqlens=(attention_mask.shape[2],) * 2,
             key_padding_mask=~attention_mask[:, 0, 0, 0], **options, **huggingface_masks.band_of(attention_mask),
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
 
 
-def _check_inputs(given: dict[str, Any], shape: torch.Size) -> None:
+def _check_inputs(given: dict[str, Any], shape: torch.Size, config: Any) -> None:
     """Raises ValueError if the ranks cannot share an argument of the model. shape: (B, L) of the tokens"""
     for name in _REFUSED:
         x = given.get(name)
         if x is not None and not (isinstance(x, int) and x == 0):
-            raise checks.fail(name, "no such argument in a model whose ranks share the sequence", type(x).__name__)
-    if given.get("output_router_logits"):
+            expected = (
+                "no such argument in a model whose ranks share the sequence; before generate(), call "
+                f'model.set_attn_implementation("{huggingface.NAME}")'
+            )
+            raise checks.fail(name, expected, type(x).__name__)
+    if given.get("output_router_logits", getattr(config, "output_router_logits", False)):
         raise checks.fail("output_router_logits", "False, as the auxiliary loss is no sum over the rows", "True")
     for name, x in given.items():
         if name in _ROWS or name == "labels":
@@ -241,6 +313,42 @@ def _check_inputs(given: dict[str, Any], shape: torch.Size) -> None:
                 raise checks.fail(name, f"a row for each of the {shape[1]} tokens", f"shape {tuple(x.shape)}")
         elif isinstance(x, Tensor) and name != "num_items_in_batch":
             raise checks.fail(name, f"one of the arguments {(*_ROWS, 'labels')}", "another tensor")
+
+
+def _described(x: Any) -> Any:
+    """An argument of the model, for the comparison of the ranks. Equal arguments have equal descriptions."""
+    if not isinstance(x, Tensor):
+        return x if isinstance(x, bool | int | float | str) else type(x).__name__
+    # Ranks may compute floating-point tensors for themselves, and may round them in different ways.
+    checksum = "" if x.is_floating_point() or x.is_complex() else f" and checksum {_checksum(x):x}"
+    return f"{x.dtype} of shape {tuple(x.shape)}{checksum}"
+
+
+def _checksum(x: Tensor) -> int:
+    """A number that differs for nearly all different integers or bools, also if only their order differs."""
+    # The factor is large and odd, and int64 wraps around. So the bits of neighbouring places have little in common.
+    places = torch.arange(1, x.numel() + 1, device=x.device) * 0x9E3779B97F4A7C1
+    return int((x.flatten() * (places ^ (places >> 29))).sum()) & (2**63 - 1)
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    """Removes the hooks of an earlier call of `context_parallel`, if there was one."""
+    for hooks, options in (
+        (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs),
+        (model._forward_hooks, model._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Ranks)]:
+            del hooks[key]
+            options.pop(key, None)
+
+
+def _copy_config(model: nn.Module) -> None:
+    """Gives a model a configuration of its own, in all of its modules. Other models may share the present one."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
 
 
 def _is_causal_model(model: nn.Module) -> bool:

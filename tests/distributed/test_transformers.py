@@ -79,6 +79,43 @@ def test_trainer_with_context_parallelism_of_accelerate(team, tmp_path) -> None:
         assert losses == pytest.approx(expected, rel=1e-4)
 
 
+def test_another_attention_ends_the_sharing(team) -> None:
+    """Then each process computes the whole batch. Another call of context_parallel replaces an earlier one."""
+    inputs = batch(29, "right")
+    expected = jobs.results_of(jobs.new_model("LlamaForCausalLM", jobs.SIZES), inputs)["loss"].item()
+    for rank, found in enumerate(team.run(jobs.switched, inputs)):
+        for name, (loss, rows) in found.items():
+            assert loss == pytest.approx(expected, rel=1e-6), name
+            is_shared = name.startswith("shared") or name == "copied"
+            assert rows == ((13, 16)[rank] if is_shared else 29), name
+
+
+def test_given_number_of_labels_divides_as_in_one_process(team) -> None:
+    """Such as the labels of all batches whose gradients are accumulated."""
+    for count in (torch.tensor(100), 100):
+        inputs = batch(29, None) | {"num_items_in_batch": count}
+        expected = jobs.results_of(jobs.new_model("LlamaForCausalLM", jobs.SIZES), inputs)
+        for loss, grad in team.run(jobs.counted, inputs):
+            torch.testing.assert_close(loss, expected["loss"], rtol=1e-6, atol=0.0)
+            torch.testing.assert_close(grad, expected["d model.norm.weight"], rtol=1e-5, atol=1e-7)
+
+
+def test_lengths_that_differ_between_forward_passes_with_checkpointing(team) -> None:
+    """Backward computes layers again when the newest call had another length."""
+    tokens = [batch(length, None)["input_ids"] for length in (40, 33, 24)]
+    expected = jobs.checkpointed(tokens)
+    for found in team.run(jobs.checkpointed, tokens):
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("name", jobs.WRONG_CALLS)
+def test_wrong_calls_raise_on_all_ranks(team, name: str) -> None:
+    for is_right, result in team.outcomes(jobs.wrong_call, name):
+        assert not is_right
+        assert "ValueError: " + jobs.WRONG_CALLS[name] in result[0]
+
+
 # ---- Refusals
 
 
@@ -136,9 +173,31 @@ def shared_llama(group):
     return huggingface_parallel.context_parallel(jobs.new_model("LlamaForCausalLM", jobs.SIZES).float(), group)
 
 
-def test_generate_is_refused(shared_llama) -> None:
-    with pytest.raises(ValueError, match="expected no such argument in a model whose ranks share the sequence"):
-        shared_llama.generate(TOKENS, max_new_tokens=2)
+def test_generate_needs_another_attention(group) -> None:
+    model = huggingface_parallel.context_parallel(jobs.new_model("LlamaForCausalLM", jobs.SIZES).float(), group)
+    with pytest.raises(ValueError, match=r'before generate\(\), call model.set_attn_implementation\("fused_attn"\)'):
+        model.generate(TOKENS, max_new_tokens=2)
+    model.set_attn_implementation("fused_attn")
+    expected = jobs.new_model("LlamaForCausalLM", jobs.SIZES).float().generate(TOKENS, max_new_tokens=2)
+    assert torch.equal(model.generate(TOKENS, max_new_tokens=2), expected)
+
+
+def test_router_logits_of_the_configuration(group) -> None:
+    name, settings = MODELS["gpt-oss, sinks and experts"]
+    model = jobs.new_model(name, settings | {"output_router_logits": True})
+    huggingface_parallel.context_parallel(model, group)
+    with pytest.raises(ValueError, match="output_router_logits: expected False"):
+        model(input_ids=TOKENS, labels=TOKENS)
+    model(input_ids=TOKENS, labels=TOKENS, output_router_logits=False)
+
+
+def test_other_models_keep_a_shared_configuration(group) -> None:
+    config = transformers.LlamaConfig(**jobs.SIZES, attn_implementation="sdpa")
+    model, other = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    huggingface_parallel.context_parallel(model, group)
+    assert config._attn_implementation == other.config._attn_implementation == "sdpa"
+    other(input_ids=TOKENS)
+    model(input_ids=TOKENS)
 
 
 def test_accelerate_must_know_of_the_ranks() -> None:
@@ -148,3 +207,7 @@ def test_accelerate_must_know_of_the_ranks() -> None:
             huggingface_parallel.attach(SimpleNamespace(parallelism_config=config))
     with pytest.raises(ValueError, match="with the method _prepare_cp, got a version without"):
         huggingface_parallel.attach(SimpleNamespace(parallelism_config=SimpleNamespace(cp_enabled=True)))
+    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(cp_enabled=True))
+    trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(label_smoothing_factor=0.1))
+    with pytest.raises(ValueError, match=r"trainer: expected one with label_smoothing_factor=0, .* got 0.1"):
+        huggingface_parallel.attach(trainer)
