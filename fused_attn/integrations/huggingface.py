@@ -23,7 +23,8 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     Raises:
         TypeError: `model` is no module, or contains no transformers model.
         ValueError: there is no backend of this name, or a model has attention of its own, which would ignore the choice
-            or misread the masks. The model has not been changed.
+            or misread the masks. A replaced ``forward`` of an attention layer counts, too. The model has not been
+            changed.
 
     Warns:
         UserWarning: a part of a model has attention of its own, and keeps it. The message names the classes.
@@ -94,8 +96,13 @@ def enable(model: nn.Module, backend: str | None = None) -> nn.Module:
     gpt1: list[Any] = [module for module in model.modules() if _is_gpt1_attention(module)]
     switchable = [module for module in pretrained if not _is_gpt1(module)]
     refused = sorted({type(module).__name__ for module in switchable if not _is_switchable(module)})
-    own = _classes_with_own_attention(model)
-    if not gpt1 and not any(_looks_up(cls, (INTERFACE,)) for cls in {type(module) for module in model.modules()}):
+    attentions = _own_attentions(model)
+    own, overridden = (
+        sorted({type(module).__name__ for module in attentions if _overrides_interface(module) == is_overridden})
+        for is_overridden in (False, True)
+    )
+    refused += overridden
+    if not gpt1 and not any(_looks_up(module, (INTERFACE,)) for module in model.modules()):
         refused += own
     if refused:
         raise ValueError(
@@ -195,12 +202,13 @@ def attention(
                 f"{query.shape[0]} entries"
             )
         masks = packed_masks_of(module, attention_mask, query, is_causal)
+        _check_given(cu_seq_lens_k=cu_seq_lens_k)
         if "attn_mask" in masks:
             mask = masks["attn_mask"] & are_of_one_sequence(cu_seq_lens_q, cu_seq_lens_k, masks["attn_mask"].shape)
             out = fused_attention(query, key, value, attn_mask=mask, **options)
             return out.transpose(1, 2).contiguous(), None
+        _check_given(max_length_q=max_length_q, max_length_k=max_length_k)
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
-        # transformers passes all four arguments of packed sequences (cu_seq_lens, max_length) or none of them.
         out = fused_attention_varlen(
             query, key, value, cu_seq_lens_q, cu_seq_lens_k, int(max_length_q), int(max_length_k),  # type: ignore[arg-type]
             diagonal_alignment="lower_right", **masks, **options,
@@ -216,6 +224,13 @@ def attention(
             masks["attn_mask"] = _with_position_bias(position_bias, masks.get("attn_mask"))
     out = fused_attention(query, key, value, **masks, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_given(**arguments: Any) -> None:
+    """Raises ValueError if an argument of packed sequences is missing."""
+    for name, x in arguments.items():
+        if x is None:
+            raise ValueError(f"{name}: expected an argument beside cu_seq_lens_q, got None")
 
 
 def options_of(query: Tensor, key: Tensor, options: dict[str, Any], backend: str | None) -> dict[str, Any]:
@@ -271,31 +286,67 @@ def _is_switchable(model: PreTrainedModel) -> bool:
     return model._can_set_attn_implementation() and kind_of(model.config) not in MISREADS_MASKS
 
 
-def _classes_with_own_attention(model: nn.Module) -> list[str]:
-    """The names of attention classes in `model` that compute attention by themselves.
+def _own_attentions(model: nn.Module) -> list[nn.Module]:
+    """The attention layers in `model` that compute attention by themselves.
 
     Some files use the interface for one part of a model only: those of SAM and LongT5 use it for the decoder.
     """
     own = ("softmax", "scaled_dot_product_attention")
-    classes = {type(module) for module in model.modules() if not _is_gpt1(module)}
-    return sorted(
-        cls.__name__
-        for cls in classes
-        if re.search("Attention|Attn", cls.__name__) and _looks_up(cls, own) and not _looks_up(cls, (INTERFACE,))
-    )
+    return [
+        module
+        for module in model.modules()
+        if re.search("Attention|Attn", type(module).__name__) and not _is_gpt1(module)
+        and _looks_up(module, own) and not _looks_up(module, (INTERFACE,))
+    ]  # fmt: skip
 
 
-def _looks_up(cls: type, names: Collection[str]) -> bool:
-    """Whether a method of a class looks one of the names up. Methods of torch and of `PreTrainedModel` do not count."""
-    methods = (
-        inspect.unwrap(method)
-        for base in cls.__mro__
-        if base is not PreTrainedModel and not base.__module__.startswith("torch.")
-        for method in vars(base).values()
-        if inspect.isfunction(method)
-    )
-    codes = (getattr(method, "__code__", None) for method in methods)
-    return any(code is not None and not set(names).isdisjoint(code.co_names) for code in codes)
+def _overrides_interface(module: nn.Module) -> bool:
+    """Whether a layer with attention of its own has a class that uses the interface.
+
+    Someone has then replaced the forward of the class. The model makes its masks for the class, so the replacement
+    would get masks that it misreads.
+    """
+    codes = (_code(method) for base in _bases(module) for method in vars(base).values() if inspect.isfunction(method))
+    return any(code is not None and INTERFACE in code.co_names for code in codes)
+
+
+def _looks_up(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether the forward of a module, or a method that it calls, looks one of the names up."""
+    methods, todo = {"forward"}, ["forward"]
+    while todo:
+        for code in _codes(module, todo.pop()):
+            if not set(names).isdisjoint(code.co_names):
+                return True
+            called = {name for name in code.co_names if hasattr(type(module), name)} - methods
+            methods |= called
+            todo += called
+    return False
+
+
+def _codes(module: nn.Module, name: str) -> Iterator[CodeType]:
+    """The code that a call of a method runs: that of the instance or of the first class that has the method.
+
+    The code of the next class follows if the code before calls the method of another class.
+    """
+    for owner in (module, *_bases(module)):
+        if name not in vars(owner):
+            continue
+        code = _code(vars(owner)[name])
+        if code is not None:
+            yield code
+        if code is None or {"super", name}.isdisjoint(code.co_names):
+            return
+
+
+def _bases(module: nn.Module) -> list[type]:
+    """The classes whose methods count: not those of torch, and not `PreTrainedModel`."""
+    return [x for x in type(module).__mro__ if x is not PreTrainedModel and not x.__module__.startswith("torch.")]
+
+
+def _code(function: Any) -> CodeType | None:
+    """The code of a function or a method. The hooks of accelerate, and functools.wraps, count as what they wrap."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    return code if isinstance(code, CodeType) else None
 
 
 # ---- T5 and its family: a bias for each distance instead of one for each pair of positions

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import inspect
 import io
 import pathlib
 import re
+import types
 import warnings
 
 import pytest
@@ -21,6 +23,7 @@ transformers = pytest.importorskip("transformers", minversion="5.15", reason="pi
 import models  # noqa: E402
 from models import BATCH, BY_ID, CASES, LENGTH, SOURCE_LENGTH, Case, results  # noqa: E402
 from transformers import masking_utils  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
 
 from fused_attn.backends import cpu  # noqa: E402
 from fused_attn.integrations import huggingface, huggingface_masks  # noqa: E402
@@ -773,6 +776,77 @@ def test_a_part_whose_file_uses_the_interface_elsewhere() -> None:
         huggingface.enable(transformers.SamVisionModel(config.vision_config))
     with pytest.warns(UserWarning, match="model: these classes keep attention of their own: SamVisionAttention"):
         huggingface.enable(transformers.SamModel(config))
+
+
+def own_forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+    """Attention by its formula, as a user may write it into a Llama."""
+    query, key, value = (
+        projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        for projection in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    scores = query @ key.repeat_interleave(self.num_key_value_groups, 1).mT * self.scaling
+    scores = scores if attention_mask is None else scores + attention_mask
+    out = torch.softmax(scores, -1) @ value.repeat_interleave(self.num_key_value_groups, 1)
+    return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+@pytest.mark.parametrize("layers", [slice(None), slice(1, 2)], ids=["all layers", "one layer"])
+@pytest.mark.parametrize("how", ["a subclass", "a method of the instance"])
+def test_a_replaced_forward_is_attention_of_its_own(how: str, layers: slice) -> None:
+    model = eager(BY_ID["llama"])
+    own_class = type("OwnAttention", (modeling_llama.LlamaAttention,), {"forward": own_forward})
+    for layer in model.model.layers[layers]:
+        if how == "a subclass":
+            layer.self_attn.__class__ = own_class
+        else:
+            layer.self_attn.forward = types.MethodType(own_forward, layer.self_attn)
+    name = "OwnAttention" if how == "a subclass" else "LlamaAttention"
+    with pytest.raises(ValueError, match=f"model: expected.*got {name}, whose own attention"):
+        huggingface.enable(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_wrapped_forward_is_the_attention_that_it_wraps() -> None:
+    """Such as the hooks of accelerate, and subclasses that call the forward of their class."""
+    case = BY_ID["llama"]
+    expected = results(fused(case), case, case.inputs(None))
+    model = eager(case)
+
+    class WithSuper(modeling_llama.LlamaAttention):
+        def forward(self, *args, **kwargs):
+            torch.softmax(torch.zeros(3), -1)  # such as statistics
+            return super().forward(*args, **kwargs)
+
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    first.__class__ = WithSuper
+    second.forward = functools.update_wrapper(functools.partial(second.forward), second.forward)
+    found = results(huggingface.enable(model), case, case.inputs(None))
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name
+
+
+def test_attention_that_adds_our_masks_to_its_scores_raises() -> None:
+    """Sizes of 1 would broadcast to wrong results."""
+    numbers = {"batch_size": 2, "q_length": 6, "kv_length": 6, "device": "cpu"}
+    padding = torch.ones(2, 6, dtype=torch.bool)
+    for mask in (
+        huggingface_masks.attention_mask_of(**numbers),
+        huggingface_masks.attention_mask_of(**numbers, attention_mask=padding),
+        huggingface_masks.attention_mask_of(**numbers | {"q_length": 1, "q_offset": torch.tensor(5)}),
+    ):
+        assert mask.ndim == 5
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            torch.zeros(2, 4, 6, 6) + mask
+
+
+@pytest.mark.parametrize("missing", ["cu_seq_lens_k", "max_length_q", "max_length_k"])
+def test_missing_arguments_of_packed_sequences(missing: str) -> None:
+    offsets = torch.tensor([0, 3, 8], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 5, "max_length_k": 5}
+    del packed[missing]
+    query = torch.randn(1, 2, 8, 16)
+    with pytest.raises(ValueError, match=f"{missing}: expected an argument beside cu_seq_lens_q, got None"):
+        huggingface.attention(torch.nn.Module(), query, query, query, None, **packed)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
