@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from fused_attn.distributed import ulysses
 from fused_attn.distributed.blocks import Documents, SharedScores
 from fused_attn.distributed.exchange import SumGradient
 from fused_attn.distributed.ring import Ring, RingAttention
-from fused_attn.distributed.sequence import Sharding, group_of, shardings_of
+from fused_attn.distributed.sequence import CHECKED, Sharding, failing_together, group_of, shardings_of
 from fused_attn.distributed.traffic import cheapest_method
 from fused_attn.partial import PartialOptions
 
@@ -76,7 +77,8 @@ def context_parallel_attention(
         return_lse: also return lse (B, H, L of this rank).
         options: dropout_p, dropout_seed, is_causal, scale, enable_gqa, window_size, softcap, num_splits and backend of
             `fused_attention`; key_padding_mask (B, S of this rank), sharded like the keys; the whole relative_bias.
-            Without dropout_seed, the first rank draws a seed for all.
+            Without dropout_seed, the first rank draws a seed for all. The ranks do not compare a dropout_seed on a GPU,
+            for which the host would wait.
 
     Every rank holds relative_bias and sinks, and every rank gets their whole gradient: the sum over the ranks. A
     wrapper that adds up the gradients of parameters over the same ranks must not add up these two once more.
@@ -86,27 +88,22 @@ def context_parallel_attention(
 
     Raises:
         TypeError, ValueError: an argument does not fit. Without seqlens, shards or options that differ between the
-            ranks raise on all of them.
+            ranks raise on all of them. So does an argument that is wrong on one rank only.
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
-    chosen = _options("context_parallel_attention", method, options)
-    checks.check_flag("return_lse", return_lse)
-    if seqlens is not None:
-        _check_seqlens(seqlens)
-    partial.check_rank_4(query, key, value)
-    query, key, value = modes.autocast(query, key, value)
-    padding = chosen.key_padding_mask
-    for name, x in (("key_padding_mask", padding), ("relative_bias", chosen.relative_bias), ("sinks", sinks)):
-        checks.optional_meta(name, x)
-    if padding is not None and padding.requires_grad:
-        raise checks.fail("key_padding_mask", "a mask that requires no gradient", "one that does")
-    if padding is not None and padding.shape != (query.shape[0], key.shape[2]):
-        expected = f"shape (B, S of this rank) = {(query.shape[0], key.shape[2])}, as shard_sequence(mask, mesh, 1) has"
-        raise checks.fail("key_padding_mask", expected, f"shape {tuple(padding.shape)}")
     group = group_of(mesh)
-    if seqlens is None and dist.get_world_size(group) == 1:
-        seqlens = query.shape[2], key.shape[2]
-    described = _described(query, key, value, sinks, method, chosen) if seqlens is None else None
+    compares = seqlens is None and dist.get_world_size(group) > 1
+    with failing_together(group, query, number=2) if compares else contextlib.nullcontext():
+        chosen = _options("context_parallel_attention", method, options)
+        checks.check_flag("return_lse", return_lse)
+        if seqlens is not None:
+            _check_seqlens(seqlens)
+        partial.check_rank_4(query, key, value)
+        query, key, value = modes.autocast(query, key, value)
+        _check_own(query, key, value, sinks, chosen)
+        if seqlens is None and not compares:
+            seqlens = query.shape[2], key.shape[2]
+        described = _described(query, key, value, sinks, method, chosen) if compares else None
     sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     _check_whole(query, key, value, sinks, chosen, (sharded_q.length, sharded_k.length))
     scores = SharedScores(
@@ -164,21 +161,25 @@ def context_parallel_attention_varlen(
 
     Raises:
         TypeError, ValueError: an argument does not fit. With compare_ranks, shards, offsets or options that differ
-            between the ranks raise on all of them.
+            between the ranks raise on all of them. So does an argument that is wrong on one rank only.
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
-    chosen = _options("context_parallel_attention_varlen", method, options, _REFUSED_PACKED)
-    checks.check_flags(compare_ranks=compare_ranks, return_lse=return_lse)
-    query, key, value = modes.autocast(query, key, value)
-    documents = _documents(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, chosen)
-    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, rows, columns)
+    checks.check_flag("compare_ranks", compare_ranks)
     group = group_of(mesh)
+    compares = compare_ranks and dist.get_world_size(group) > 1
     described = None
-    if compare_ranks and dist.get_world_size(group) > 1:
-        described = {
-            **_described(query, key, value, sinks, method, chosen), "cu_seqlens_q": documents.query,
-            "cu_seqlens_k": documents.key, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k,
-        }  # fmt: skip
+    with failing_together(group, query, number=2) if compares else contextlib.nullcontext():
+        chosen = _options("context_parallel_attention_varlen", method, options, _REFUSED_PACKED)
+        checks.check_flag("return_lse", return_lse)
+        query, key, value = modes.autocast(query, key, value)
+        documents = _documents(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, chosen)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, rows, columns)
+        _check_own(query, key, value, sinks, chosen)
+        if compares:
+            described = {
+                **_described(query, key, value, sinks, method, chosen), "cu_seqlens_q": documents.query,
+                "cu_seqlens_k": documents.key, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k,
+            }  # fmt: skip
     seqlens = documents.query[-1], documents.key[-1]
     sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     scores = SharedScores(sharded_q, sharded_k, _band(chosen), needs_positions=True, documents=documents)
@@ -291,6 +292,25 @@ def _around(
     return RingAttention.apply(ring, query, key, value, padding, bias, sinks)
 
 
+def _check_own(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: PartialOptions) -> None:
+    """Raises the errors that only this rank can know of: about its own rows, and about the kernels of its machine.
+
+    The tensors are (B, heads, rows of this rank, columns).
+    """
+    padding, bias = options.key_padding_mask, options.relative_bias
+    for name, x in (("key_padding_mask", padding), ("relative_bias", bias), ("sinks", sinks)):
+        checks.optional_meta(name, x)
+    if padding is not None and padding.requires_grad:
+        raise checks.fail("key_padding_mask", "a mask that requires no gradient", "one that does")
+    if padding is not None and padding.shape != (query.shape[0], key.shape[2]):
+        expected = f"shape (B, S of this rank) = {(query.shape[0], key.shape[2])}, as shard_sequence(mask, mesh, 1) has"
+        raise checks.fail("key_padding_mask", expected, f"shape {tuple(padding.shape)}")
+    if options.backend is not None:
+        # Whether a backend runs depends on dtype, device and head dims, which all blocks of scores share.
+        tensors = planning.tensors_of(query, key, value, sinks=sinks, key_padding_mask=padding)
+        planning.plan(torch.compiler.is_compiling(), tensors, options.of_call(), options.backend)
+
+
 def _check_whole(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: PartialOptions, seqlens: tuple[int, int]
 ) -> None:
@@ -342,12 +362,14 @@ def _described(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, method: str, options: PartialOptions
 ) -> dict[str, Any]:
     """What must be the same on all ranks: name of an argument -> value that can be printed."""
-    described: dict[str, Any] = {"method": method}
+    described: dict[str, Any] = {**CHECKED, "method": method}
     for name, x in (("query", query), ("key", key), ("value", value)):
         described[name] = f"{x.dtype} of {x.shape[0]} batch entries, {x.shape[1]} heads and head dim {x.shape[3]}"
     for name, option in vars(options).items():
         if name == "key_padding_mask":
-            described[name] = "None" if option is None else "a mask"
+            described[name] = "None" if option is None else f"a mask of {option.dtype} on {option.device.type}"
+        elif name == "dropout_seed" and isinstance(option, Tensor) and option.device.type == "cpu":
+            described[name] = int(option)  # the host need not wait for a tensor on the CPU
         elif name != "backend":
             described[name] = _shape_or_value(option)
     described["sinks"] = _shape_or_value(sinks)

@@ -6,9 +6,10 @@ late queries see more keys than early ones. A rank with an early and a late chun
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -210,6 +211,10 @@ def shard_positions(
     raise checks.fail("seqlen", "either seqlen or cu_seqlens", "none" if seqlen is None else "both")
 
 
+#: What ranks describe whose own arguments have passed their checks; see `failing_together`.
+CHECKED = {"arguments": "no error"}
+
+
 def shardings_of(
     lengths: dict[str, int], group: dist.ProcessGroup, device: torch.device, described: Mapping[str, Any] | None = None
 ) -> list[Sharding]:
@@ -237,6 +242,25 @@ def shardings_of(
             raise checks.fail(name, f"shards as shard_sequence makes them, of {expected} rows", f"{list(rows)}")
         found.append(sharding)
     return found
+
+
+@contextlib.contextmanager
+def failing_together(group: dist.ProcessGroup, tensor: Any, number: int) -> Iterator[None]:
+    """While ranks check their own arguments: what one rank raises, all ranks raise in `shardings_of`.
+
+    All ranks of the group must call `shardings_of` afterwards, with `number` lengths, and with `CHECKED` in what they
+    describe. A rank whose check fails takes part in this call before the rank raises.
+
+    tensor: its device is that of the collective; anything that is no tensor counts as one on the CPU
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
+        described = {"arguments": f"{type(error).__name__}: {error}"}
+        # If all ranks have failed alike, this call returns, and each rank raises its own error.
+        shardings_of({str(place): 0 for place in range(number)}, group, device, described)
+        raise
 
 
 def _fingerprint(described: Mapping[str, Any]) -> int:

@@ -149,12 +149,22 @@ WRONG_CALLS = {
     "sinks as a list": "sinks: expected a",
     "padding as a list": "key_padding_mask: expected a",
     "padding of the whole sequence": "key_padding_mask: expected shape (B, S of this rank) = (1, 8)",
+    "padding of other rows on one rank": (
+        "arguments: expected the same on all ranks, got 'no error' on rank 0, 'ValueError: key_padding_mask: expected "
+        "shape (B, S of this rank) = (1, 8), as shard_sequence(mask, mesh, 1) has, got shape (1, 7)' on rank 1"
+    ),
+    "backend of another machine on one rank": "on rank 0, \"ValueError: backend='cuda' cannot run ",
+    "padding of another dtype on one rank": "key_padding_mask: expected the same on all ranks, got 'a mask of torch",
+    "option on one rank that is none": "got 'no error' on rank 0, 'ValueError: softcap: expected ",
+    "seeds in tensors": "dropout_seed: expected the same on all ranks, got 0 on rank 0, 1 on rank 1",
+    "packed rows without heads on one rank": "arguments: expected the same on all ranks, got 'no error' on rank 0, ",
     "padding of packed rows": "key_padding_mask: expected None for a shared sequence, because packed sequences have no",
 }
 
 
 def wrong_call(name: str) -> None:
     mesh, query, key = mesh_of((dist.get_world_size(),)), torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    rank = dist.get_rank()
     if name == "sinks of other heads":
         context_parallel_attention(query, query, query, mesh=mesh, method="ring", sinks=torch.zeros(1))
     elif name == "relative bias of other heads":
@@ -170,6 +180,22 @@ def wrong_call(name: str) -> None:
     elif name == "padding of the whole sequence":
         padding = torch.zeros(1, 8 * dist.get_world_size(), dtype=torch.bool)
         context_parallel_attention(query, query, query, mesh=mesh, key_padding_mask=padding)
+    elif name == "padding of other rows on one rank":
+        padding = torch.zeros(1, 8 - rank, dtype=torch.bool)
+        context_parallel_attention(query, query, query, mesh=mesh, key_padding_mask=padding)
+    elif name == "padding of another dtype on one rank":
+        padding = torch.zeros(1, 8, dtype=torch.int32 if rank else torch.bool)
+        context_parallel_attention(query, query, query, mesh=mesh, key_padding_mask=padding)
+    elif name == "backend of another machine on one rank":
+        context_parallel_attention(query, query, query, mesh=mesh, backend="cuda" if rank else "reference")
+    elif name == "option on one rank that is none":
+        context_parallel_attention(query, query, query, mesh=mesh, softcap=-1.0 if rank else 1.0, backend="reference")
+    elif name == "seeds in tensors":
+        context_parallel_attention(query, query, query, mesh=mesh, dropout_p=0.1, dropout_seed=torch.tensor(rank))
+    elif name == "packed rows without heads on one rank":
+        offsets, rows = torch.tensor([0, 16], dtype=torch.int32), query[0].transpose(0, 1)
+        rows = rows[:, 0] if rank else rows
+        context_parallel_attention_varlen(rows, rows, rows, offsets, offsets, 16, 16, mesh=mesh)
     elif name == "gradient of one rank's bias":
         bias = torch.zeros(16 * dist.get_world_size() - 1, requires_grad=dist.get_rank() == 0)
         context_parallel_attention(query, query, query, mesh=mesh, method="ring", relative_bias=bias)
