@@ -245,7 +245,6 @@ class _Ranks:
         return config._attn_implementation == self.name
 
     @torch.compiler.disable  # a graph could hold neither the comparison nor its error
-    @torch.no_grad()
     def _compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raises ValueError on all ranks if they call the model in different ways."""
         given = {name: x for name, x in kwargs.items() if x is not None} | dict(zip(("input_ids",), args, strict=False))

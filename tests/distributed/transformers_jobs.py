@@ -110,6 +110,7 @@ WRONG_CALLS = {
     "another argument on one rank": "use_cache: expected the same on all ranks, got True on rank 0, no such argument",
     "positional on one rank": "positional arguments: expected the same on all ranks, got 1 on rank 0, 0 on rank 1",
     "one rank trains": "model.training: expected the same on all ranks, got False on rank 0, True on rank 1",
+    "one rank wants gradients": "torch.is_grad_enabled(): expected the same on all ranks, got True on rank 0, False on",
     "a short batch": "input_ids: expected more than 8 tokens for 2 ranks, got 8",
 }
 
@@ -135,7 +136,8 @@ def wrong_call(name: str) -> None:
         model.train(not is_first)
     elif name == "a short batch":
         inputs["input_ids"] = tokens[:, :8]
-    model(**inputs)
+    with torch.set_grad_enabled(is_first or name != "one rank wants gradients"):
+        model(**inputs)
 
 
 def trainer_losses(folder: str, rows: list[dict[str, Tensor]]) -> list[float]:
