@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_attn.attention import dropout
 from fused_attn.attention.inputs import Gradients, Inputs, Results, Saved, Wanted, inputs_of
-from fused_attn.attention.problem import AttentionProblem
+from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
 
 
 class Backend(Protocol):
@@ -114,6 +114,30 @@ def native_numbers(problem: AttentionProblem) -> dict[str, Any]:
         "max_seqlen_k": problem.seqlen_k,
         "is_part": problem.is_part,
     }
+
+
+def keys_in_band(problem: AttentionProblem, queries: int) -> int:
+    """How many keys a block of so many neighbouring queries sees by the band, at most."""
+    band, offset = problem.band, problem.band.offset_of(problem.seqlen_q, problem.seqlen_k)
+    begin = 0 if band.left == UNBOUNDED else max(offset - band.left, 0)
+    end = problem.seqlen_k if band.right == UNBOUNDED else min(problem.seqlen_q + offset + band.right, problem.seqlen_k)
+    return _within_band(problem, end - begin, min(queries, problem.seqlen_q))
+
+
+def queries_in_band(problem: AttentionProblem, keys: int) -> int:
+    """How many queries see a block of so many neighbouring keys by the band, at most."""
+    band, offset = problem.band, problem.band.offset_of(problem.seqlen_q, problem.seqlen_k)
+    begin = 0 if band.right == UNBOUNDED else max(-offset - band.right, 0)
+    end = problem.seqlen_q if band.left == UNBOUNDED else min(problem.seqlen_k - offset + band.left, problem.seqlen_q)
+    return _within_band(problem, end - begin, min(keys, problem.seqlen_k))
+
+
+def _within_band(problem: AttentionProblem, rows: int, block: int) -> int:
+    """The most of these rows that a block of rows of the other side meets: both diagonals bound them."""
+    band = problem.band
+    if UNBOUNDED not in (band.left, band.right):
+        rows = min(rows, band.left + band.right + block)
+    return max(rows, 0)
 
 
 def clear_rows(*tensors: Tensor | None, value: float = 0.0) -> None:

@@ -21,7 +21,7 @@ import fused_attn
 from fused_attn import modes
 from fused_attn.attention import checks
 from fused_attn.attention.inputs import Saved, Wanted
-from fused_attn.attention.problem import AttentionProblem
+from fused_attn.attention.problem import AttentionProblem, Band
 from fused_attn.backends import dispatch
 from fused_attn.backends.cuda import hardware
 
@@ -164,6 +164,26 @@ def test_cost_of_a_call() -> None:
     costs = json.loads(done.stdout)
     print("".join(f"\n{name:<20} {cost:5.1f} us" for name, cost in costs.items()))
     assert all(cost < 40.0 for name, cost in costs.items() if name.startswith("forward"))
+
+
+@pytest.mark.quick
+def test_splits_are_planned_for_the_keys_in_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys beyond the band need no programs. A number of splits that the caller chose stays, whatever the band is."""
+    monkeypatch.setattr(launcher, "_multiprocessors", lambda device: 132)
+
+    def splits(band: Band, seqlen_q: int = 1, num_splits: int = 0) -> int:
+        problem = AttentionProblem(
+            1, 8, 1, seqlen_q, 2**17, 128, 128, torch.float16, torch.device("cpu"), 1.0, band=band,
+            num_splits=num_splits, capability=(9, 0),
+        )  # fmt: skip
+        return launcher._plan.__wrapped__(problem, False, False).num_splits  # the cached plans stay as they are
+
+    assert splits(Band()) == splits(Band(right=0, is_from_end=True)) == 256
+    assert splits(Band(left=4095, right=0, is_from_end=True)) == 8
+    assert splits(Band(left=4095, is_from_end=True), seqlen_q=2) == 8
+    assert splits(Band(left=100, right=0, is_from_end=True)) == 1
+    assert splits(Band(right=0)) == 1  # the first query sees the first key alone
+    assert splits(Band(left=100, right=0, is_from_end=True), num_splits=256) == 256
 
 
 @pytest.mark.quick

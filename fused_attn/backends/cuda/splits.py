@@ -6,7 +6,8 @@ import functools
 from typing import NamedTuple
 
 from fused_attn.attention.checks import MAX_SPLITS
-from fused_attn.attention.problem import UNBOUNDED, AttentionProblem
+from fused_attn.attention.problem import AttentionProblem
+from fused_attn.backends.base import keys_in_band, queries_in_band
 from fused_attn.backends.cuda import hardware
 
 
@@ -94,7 +95,7 @@ def _decode_splits(problem: AttentionProblem, tiles: int) -> int:
     if problem.num_splits:
         return problem.num_splits
     programs = max(problem.batch * problem.num_kv_heads * tiles, 1)
-    most = _keys_in_band(problem, problem.seqlen_q) // MIN_KEYS_PER_SPLIT
+    most = keys_in_band(problem, problem.seqlen_q) // MIN_KEYS_PER_SPLIT
     return max(1, min(_splits_of_programs(programs, _resident_programs(problem)), most))
 
 
@@ -105,7 +106,7 @@ def large_splits(problem: AttentionProblem) -> int:
         has_few = problem.seqlen_q <= MAX_QUERIES_OF_FIXED_SPLITS and not problem.is_packed
         return problem.num_splits if has_few else 1
     tiles = problem.batch * problem.num_heads * -(-problem.seqlen_q // LARGE_TILE_ROWS)
-    steps = -(-_keys_in_band(problem, LARGE_TILE_ROWS) // STEP_ROWS)
+    steps = -(-keys_in_band(problem, LARGE_TILE_ROWS) // STEP_ROWS)
     return _splits_of_steps(tiles, steps, 1, _resident_large_programs(problem, hardware.runs_on_hopper(problem)))
 
 
@@ -129,12 +130,12 @@ def gradient_splits(problem: AttentionProblem, rows_q: int, rows_k: int) -> Grad
 
     if is_fused_backward(problem):
         # The kernel for head dim 64 visits 128 queries at a time.
-        visited, step_rows = _queries_in_band(problem, FUSED_KEY_BLOCK), 128 if problem.head_dim <= 64 else STEP_ROWS
+        visited, step_rows = queries_in_band(problem, FUSED_KEY_BLOCK), 128 if problem.head_dim <= 64 else STEP_ROWS
         return GradientSplits(
             dk=splits_of(kv_heads, rows_k, problem.seqlen_k, FUSED_KEY_BLOCK, visited, step_rows, group_size)
         )
     query_block = 128 if is_hopper else 64
-    keys, queries = _keys_in_band(problem, query_block), _queries_in_band(problem, KEY_BLOCK)
+    keys, queries = keys_in_band(problem, query_block), queries_in_band(problem, KEY_BLOCK)
     return GradientSplits(
         dq=splits_of(problem.num_heads, rows_q, problem.seqlen_q, query_block, keys, STEP_ROWS, 1),
         dk=splits_of(kv_heads, rows_k, problem.seqlen_k, KEY_BLOCK, queries, STEP_ROWS, group_size),
@@ -178,30 +179,6 @@ def _splits_of_programs(programs: int, resident: int) -> int:
     # For each number of splits, the share of all rounds that its programs use.
     used = {n: programs * n / (resident * -(-programs * n // resident)) for n in range(1, 5)}
     return next((n for n, share in used.items() if share >= 0.9), max(used, key=lambda n: used[n]))
-
-
-def _keys_in_band(problem: AttentionProblem, queries: int) -> int:
-    """How many keys a block of so many neighbouring queries sees by the band, at most."""
-    band, offset = problem.band, problem.band.offset_of(problem.seqlen_q, problem.seqlen_k)
-    begin = 0 if band.left == UNBOUNDED else max(offset - band.left, 0)
-    end = problem.seqlen_k if band.right == UNBOUNDED else min(problem.seqlen_q + offset + band.right, problem.seqlen_k)
-    return _within_band(problem, end - begin, min(queries, problem.seqlen_q))
-
-
-def _queries_in_band(problem: AttentionProblem, keys: int) -> int:
-    """How many queries see a block of so many neighbouring keys by the band, at most."""
-    band, offset = problem.band, problem.band.offset_of(problem.seqlen_q, problem.seqlen_k)
-    begin = 0 if band.right == UNBOUNDED else max(-offset - band.right, 0)
-    end = problem.seqlen_q if band.left == UNBOUNDED else min(problem.seqlen_k - offset + band.left, problem.seqlen_q)
-    return _within_band(problem, end - begin, min(keys, problem.seqlen_k))
-
-
-def _within_band(problem: AttentionProblem, rows: int, block: int) -> int:
-    """The most of these rows that a block of rows of the other side meets: both diagonals bound them."""
-    band = problem.band
-    if UNBOUNDED not in (band.left, band.right):
-        rows = min(rows, band.left + band.right + block)
-    return max(rows, 0)
 
 
 def _resident_programs(problem: AttentionProblem) -> int:

@@ -46,14 +46,15 @@ class Merged(NamedTuple):
     row_max: Tensor | None
 
 
-def num_splits(num_programs: int, seqlen_k: int, multiprocessors: int) -> int:
+def num_splits(num_programs: int, num_keys: int, multiprocessors: int) -> int:
     """How many programs divide the keys of one row among themselves, so that two programs run per multiprocessor.
 
     num_programs: the programs of the launch without splits
+    num_keys: the keys that a program of that launch visits, at most
     """
     if num_programs >= multiprocessors:
         return 1
-    return max(1, min(2 * multiprocessors // num_programs, seqlen_k // MIN_KEYS_PER_SPLIT))
+    return max(1, min(2 * multiprocessors // num_programs, num_keys // MIN_KEYS_PER_SPLIT))
 
 
 @triton.jit(do_not_specialize=("num_splits", "rows_per_head", "num_rows"))

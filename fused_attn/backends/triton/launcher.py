@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel
 from fused_attn.attention.inputs import SHARED, Gradients, Inputs, Results, Saved, Wanted, shape_of_lse
 from fused_attn.attention.memory_order import empty_like_layout
 from fused_attn.attention.problem import AttentionProblem
-from fused_attn.backends.base import clear_rows, gradient_of_row_bias
+from fused_attn.backends.base import clear_rows, gradient_of_row_bias, keys_in_band
 from fused_attn.backends.triton import configs, decode, tuned
 from fused_attn.backends.triton.arguments import (
     NO_MASKS,
@@ -334,7 +334,8 @@ def _plan(problem: AttentionProblem, has_bias: bool, allows_tf32: bool) -> Plan:
     programs = triton.cdiv(rows, fwd.block_m) * num_tile_heads * problem.batch
     num_splits = 1
     if not problem.is_packed and 0 < rows <= fwd.block_m:
-        num_splits = problem.num_splits or decode.num_splits(programs, seqlen_k, _multiprocessors(problem.device))
+        num_keys = keys_in_band(problem, seqlen_q)
+        num_splits = problem.num_splits or decode.num_splits(programs, num_keys, _multiprocessors(problem.device))
 
     square = bias._replace(block_m=bias.block_n)
     diagonals = triton.cdiv(seqlen_q, square.block_m) + triton.cdiv(seqlen_k, square.block_n) - 1
