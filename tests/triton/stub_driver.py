@@ -193,7 +193,7 @@ class UncompiledKernel:
     function = packed_metadata = None
     ran: ClassVar[list[tuple]] = []
 
-    def __init__(self, source, target, options):
+    def __init__(self, source, target, options, _env_vars=None):
         self.name = (source.fn.__name__, str(source.signature), str(source.attrs), str(source.constants))
 
     def launch_metadata(self, *args) -> None:

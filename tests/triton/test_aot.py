@@ -97,6 +97,11 @@ def test_reused_kernels_are_those_that_triton_would_choose():
     assert process.returncode == 0, process.stdout + process.stderr
 
 
+def test_kernels_compiled_asynchronously_are_reused():
+    process = run("asynchronous.py")
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "capability, expected",

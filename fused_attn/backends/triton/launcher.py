@@ -394,7 +394,12 @@ def _run(kernel: JITFunction, launch: Launch, kinds: tuple, *arguments) -> None:
     if len(launch.compiled) >= MAX_COMPILED:
         launch.compiled.clear()
     # In the interpreter, this launch returns None, because nothing is compiled. Then the next call gets here again.
-    launch.compiled[key] = kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+    compiled = kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+    if hasattr(compiled, "result"):
+        # Under `triton.AsyncCompileMode`, the launch returns a future, which cannot be launched by its grid. The launch
+        # has waited for the kernel already.
+        compiled = compiled.result()
+    launch.compiled[key] = compiled
 
 
 def _num_blocks(launch: Launch, problem: AttentionProblem) -> int:
