@@ -128,7 +128,10 @@ class Resources(NamedTuple):
 
     @property
     def faults(self) -> list[str]:
-        """What the test of the table does not allow: spills, too much shared memory, slow matrix instructions."""
+        """What the test of the table does not allow.
+
+        These are spills, too much shared memory, slow matrix instructions, and loads that are not pipelined.
+        """
         faults = []
         tolerated = TOLERATED_FLOAT32_256 if self.cell[1:3] == ("fp32", 256) else TOLERATED
         usage, mma = self.compilation.usage, self.compilation.mma
@@ -143,6 +146,8 @@ class Resources(NamedTuple):
                 wanted = "mma.sync"  # wgmma and tcgen05 multiply at least 64 rows
             if any(count > 0 if kind != wanted else count == 0 for kind, count in mma.items()):
                 faults.append(f"matrix products by {mma}, expected {wanted} alone")
+        if self.stages > 1 and self.compilation.plain_loads:
+            faults.append(f"{self.compilation.plain_loads} loads of factors are not pipelined")
         return faults
 
 
@@ -205,6 +210,7 @@ def representative(cell: Cell) -> tuple[AttentionProblem, Inputs]:
         BATCH, HEADS, KV_HEADS, seqlen_q, LENGTH, head_dim, head_dim, dtype,
         torch.device("cuda", cell.architecture),
         scale=head_dim**-0.5,
+        num_splits=2 if "decode" in features else 0,
         softcap=30.0 if "softcap" in features else 0.0,
         dropout_p=0.1 if "dropout" in features else 0.0,
         band=Band(left=300, right=100),

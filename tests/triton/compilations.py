@@ -31,18 +31,20 @@ class Compilation(NamedTuple):
     """The result of compiling one kernel.
 
     mma: how many instructions for matrix products there are, of each kind
+    plain_loads: the result of `count_plain_loads`
     """
 
     hash: str
     metadata: dict[str, object]
     usage: stub_driver.Usage
     mma: dict[str, int]
+    plain_loads: int
 
     @classmethod
     def of(cls, binary: triton.compiler.CompiledKernel) -> Compilation:
         """The compilation of a kernel, which was compiled after `install`."""
-        hash, metadata, usage, mma = json.loads(binary.kernel)
-        return cls(hash, metadata, stub_driver.Usage(*usage), mma)
+        hash, metadata, usage, mma, plain_loads = json.loads(binary.kernel)
+        return cls(hash, metadata, stub_driver.Usage(*usage), mma, plain_loads)
 
 
 def install(is_fresh: bool) -> None:
@@ -72,10 +74,12 @@ def install(is_fresh: bool) -> None:
             else:
                 for name, maker in makers:
                     module = maker(module, metadata)
+                    if name == "ttgir":
+                        plain_loads = count_plain_loads(module.str_nodebug())
                     if name == "ptx":
                         mma = count_mma(module)
                 added = {name: metadata[name] for name in METADATA if name in metadata}
-                result = Compilation(hash, added, stub_driver.usage_of(module), mma)
+                result = Compilation(hash, added, stub_driver.usage_of(module), mma, plain_loads)
             return json.dumps(result).encode()
 
         stages["cubin"] = make
@@ -92,6 +96,44 @@ def count_mma(ptx: str) -> dict[str, int]:
         "wgmma": ptx.count("wgmma.mma_async"),
         "tcgen05": ptx.count("tcgen05.mma"),
     }
+
+
+#: The operations of TTGIR that multiply matrices, those that only move a tile on its way to a product, and the loads.
+PRODUCT = re.compile(r"tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma")
+MOVE = re.compile(r"ttg\.(convert_layout|local_alloc|local_load|memdesc_trans)|tt\.trans|ttng\.tmem_alloc")
+TILE_LOAD = re.compile(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr<b?f16>")
+
+
+def count_plain_loads(ttgir: str) -> int:
+    """How many loads of 16-bit factors of matrix products stay in a loop together with the product.
+
+    Triton's software pipeline makes asynchronous copies of such loads. A load that stays in the loop makes each step
+    wait for memory. Loads of biases and masks do not count, because these are no factors of a product.
+    """
+    loops: list[int] = []  # the indents of the loops around the line
+    tiles: dict[str, int] = {}  # for each value that is a tile loaded in the innermost loop, the line of the load
+    plain = set()
+    for number, line in enumerate(ttgir.splitlines()):
+        code = line.strip()
+        indent = len(line) - len(line.lstrip())
+        while loops and indent <= loops[-1]:
+            loops.pop()
+            tiles.clear()
+        if re.search(r"\bscf\.(for|while)\b", code):
+            loops.append(indent)
+            tiles.clear()
+        if not loops or not (match := re.match(r"(?:(%[\w.$-]+)(?::\d+)? = )?(.*)", code)):
+            continue
+        value, operation = match.groups()
+        sources = [tiles[name] for name in re.findall(r"%[\w.$-]+", operation) if name in tiles]
+        tiles.pop(value, None)  # names are used again in other regions
+        if PRODUCT.match(operation):
+            plain.update(sources)
+        elif TILE_LOAD.match(operation):
+            tiles[value] = number
+        elif MOVE.match(operation) and sources:
+            tiles[value] = sources[0]
+    return len(plain)
 
 
 def store(results: list[Compilation]) -> None:

@@ -37,7 +37,7 @@ def table(path: Path, *arguments: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_every_row_of_the_table_and_stored_compilations(tmp_path):
-    """No spills beyond `aot.TOLERATED`, no more shared memory than there is, the fastest matrix instructions.
+    """No kernel has `aot.Resources.faults`, such as spills or loads that are not pipelined.
 
     Kernels that are in compilations.json are not compiled again. But one kernel for each architecture is, and its
     result is compared with the stored one. Both are one test, because every run of `aot.py` imports torch three times.
@@ -85,6 +85,35 @@ def test_spills_are_counted_in_hot_loops_alone():
     two_entries = "/*0000*/ @P0 BRA 0x20 ; /*0010*/ HGMMA R0, R1 ; /*0020*/ FADD R0, R0, R0 ; /*0030*/ BRA 0x10 ;"
     with pytest.raises(AssertionError, match="no loop"):
         stub_driver.spills_in_loops(two_entries)
+
+
+# Only the first load in the loop is a plain load of a factor: the second is a bias, and a copy replaces a third. The
+# factors before the loop and after the loop are loaded once.
+TTGIR = """
+    %before = tt.load %p : tensor<64x64x!tt.ptr<f16>, #blocked>
+    %q = ttg.local_alloc %before : (tensor<64x64xf16, #blocked>) -> !ttg.memdesc<64x64xf16, #shared, #smem>
+    %acc:2 = scf.for %i = %c0 to %n step %c1 iter_args(%x = %zero) -> (tensor<64x64xf32, #mma>)  : i32 {
+      %k = tt.load %p_1, %mask, %other : tensor<64x64x!tt.ptr<f16>, #blocked>
+      %k_2 = ttg.local_alloc %k : (tensor<64x64xf16, #blocked>) -> !ttg.memdesc<64x64xf16, #shared, #smem>
+      %k_3 = ttg.memdesc_trans %k_2 {order = array<i32: 1, 0>} : !ttg.memdesc<64x64xf16, #shared1, #smem>
+      %bias = tt.load %p_2 : tensor<64x64x!tt.ptr<f16>, #mma>
+      %scores = arith.extf %bias : tensor<64x64xf16, #mma> to tensor<64x64xf32, #mma>
+      %v = ttg.async_copy_global_to_local %p_3, %slot : tensor<64x64x!tt.ptr<f16>, #blocked>
+      %qk = {product} %q, %k_3, %scores : !ttg.memdesc<64x64xf16, #shared, #smem> -> tensor<64x64xf32, #mma>
+      scf.yield %qk : tensor<64x64xf32, #mma>
+    } loc(#loc)
+    %k = tt.load %p_1 : tensor<64x64x!tt.ptr<f16>, #blocked>
+    %qk = {product} %q, %k, %acc#0 : !ttg.memdesc<64x64xf16, #shared, #smem> -> tensor<64x64xf32, #mma>
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("product", ["tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma"])
+def test_loads_of_factors_that_stay_in_a_loop_are_counted(product):
+    compilations = pytest.importorskip("compilations")
+    assert compilations.count_plain_loads(TTGIR.replace("{product}", product)) == 1
+    is_copied = TTGIR.replace("%k = tt.load %p_1, %mask, %other", "%k = ttg.local_load %slot")
+    assert compilations.count_plain_loads(is_copied.replace("{product}", product)) == 0
 
 
 def test_batches_of_other_lengths_compile_nothing_new():

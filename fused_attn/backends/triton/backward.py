@@ -28,6 +28,7 @@ from fused_attn.backends.triton.tiles import (
     key_pointer,
     load_key_rows,
     load_query_rows,
+    num_full_blocks,
     num_partial_blocks,
     partial_block,
     query_blocks,
@@ -159,7 +160,8 @@ def attention_bwd_dq_kernel(
     if dq.ptr is not None:
         queries = QueryBlock(query, q_tile, dout_tile, row_lse, row_delta, row_factor)
         acc = tl.zeros([settings.BLOCK_M, settings.BLOCK_D], tl.float32)
-        for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
+        for index in tl.range(0, num_full_blocks(blocks, settings.BLOCK_N)):
+            first_key = blocks.full_start + index * settings.BLOCK_N
             acc = _add_dq(acc, queries, first_key, k, v, head_slice, masks, settings, IS_FULL=True)
         for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_N)):
             first_key = partial_block(blocks, index, settings.BLOCK_N)
@@ -176,7 +178,8 @@ def _exact_factor(q_tile, row_lse, query, blocks, k, head_slice, masks, settings
     -1e9 for one key as well as for a hundred, whose probs would each become 1 instead of 0.01.
     """
     total = tl.zeros([settings.BLOCK_M], tl.float32)
-    for first_key in range(blocks.start, blocks.end, settings.BLOCK_N):
+    for index in range((blocks.end - blocks.start) // settings.BLOCK_N):
+        first_key = blocks.start + index * settings.BLOCK_N
         key = first_key + tl.arange(0, settings.BLOCK_N)
         is_valid = is_valid_key(key, head_slice, masks)
         k_tile = load_key_rows(k, head_slice, key, is_valid, settings.HEAD_DIM, settings.BLOCK_D)
@@ -247,7 +250,7 @@ def attention_bwd_dkdv_kernel(
     blocks = query_blocks(first_key, last_key, num_valid == settings.BLOCK_N, head_slice, settings)
     dk_acc = zero_sum([settings.BLOCK_N, settings.BLOCK_D], settings)
     dv_acc = zero_sum([settings.BLOCK_N, settings.BLOCK_DV], settings)
-    num_full = (blocks.full_end - blocks.full_start) // settings.BLOCK_M
+    num_full = num_full_blocks(blocks, settings.BLOCK_M)
     num_partial = num_partial_blocks(blocks, settings.BLOCK_M)
     num_heads = tl.where(num_valid == 0, 0, settings.group_size)
     # The software pipeline computes the addresses of its first loads even if the loop has no step. A divisor of 0 would

@@ -26,6 +26,7 @@ from fused_attn.backends.triton.tiles import (
     key_blocks,
     load_key_rows,
     load_query_rows,
+    num_full_blocks,
     num_partial_blocks,
     partial_block,
     query_pointer,
@@ -116,7 +117,8 @@ def attention_fwd_kernel(
     row_max = tl.full([settings.BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([settings.BLOCK_M], tl.float32)
     softmax = Softmax(row_max, row_sum, tl.zeros([settings.BLOCK_M, settings.BLOCK_DV], tl.float32))
-    for first_key in tl.range(blocks.full_start, blocks.full_end, settings.BLOCK_N):
+    for index in tl.range(0, num_full_blocks(blocks, settings.BLOCK_N)):
+        first_key = blocks.full_start + index * settings.BLOCK_N
         softmax = _attend(softmax, queries, first_key, k, v, head_slice, masks, settings, IS_FULL=True)
     for index in tl.range(0, num_partial_blocks(blocks, settings.BLOCK_N)):
         first_key = partial_block(blocks, index, settings.BLOCK_N)
