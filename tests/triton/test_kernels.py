@@ -318,6 +318,15 @@ def test_split_keys(case: Case, decide_splits) -> None:
     torch.testing.assert_close(dict(split.items()), dict(whole.items()))
 
 
+@pytest.mark.parametrize("value_dim", [24, 64])
+def test_merge_of_more_splits_than_are_loaded_at_a_time(value_dim: int) -> None:
+    """The number of splits is no multiple of the number that is loaded, and the last splits have no keys."""
+    num_splits = 2 * decode.LOADED_SPLITS.value + 5
+    sizes = {"batch": 2, "heads": 2, "kv_heads": 1, "seqlen_q": 3, "seqlen_k": 1200, "value_dim": value_dim}
+    case = Case(f"split-{num_splits}", **sizes, sinks=cases.sink(), options={"num_splits": num_splits})
+    cases.check(case, torch.float32, "triton", DEVICE)
+
+
 def _large_row_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     return torch.randn(1, 1, case.seqlen_q, 1, generator=generator).to(dtype) + 600
 

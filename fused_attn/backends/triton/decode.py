@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fused_attn.backends.triton.arguments import Rows
 from fused_attn.backends.triton.scores import LOG2_E, add_sink
-from fused_attn.backends.triton.tiles import store_tile
+from fused_attn.backends.triton.tiles import load_tile, store_tile
 
 #: A program for fewer keys than this costs more than it gains.
 MIN_KEYS_PER_SPLIT = 512
 
-#: The rows that a program of `merge_splits_kernel` merges.
-MERGED_ROWS = tl.constexpr(16)
+#: The splits that a program of `merge_splits_kernel` loads at a time.
+LOADED_SPLITS = tl.constexpr(16)
 
 
 class Splits(NamedTuple):
@@ -69,35 +69,36 @@ def merge_splits_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Merges the splits of MERGED_ROWS rows per program. Rows are numbered through all heads and batch entries.
+    """Merges the splits of one row per program. Rows are numbered through all heads and batch entries.
 
-    The output of a row is the mean of its splits' outputs, weighted by exp(split_max) * split_sum.
+    The output of a row is the mean of its splits' outputs, weighted by exp(split_max) * split_sum. Splits are used when
+    rows are few, so a program for several rows would leave multiprocessors idle. The order of the sums depends on
+    num_splits and VALUE_DIM alone, so the bits of a row do not depend on the other rows.
     """
-    row = tl.program_id(0) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
-    is_row = row < num_rows
+    row = tl.program_id(0)
     column = tl.arange(0, BLOCK_DV)
     head_and_batch = row // rows_per_head
     head = head_and_batch % num_heads
 
-    row_max = tl.full([MERGED_ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([MERGED_ROWS], tl.float32)
-    acc = tl.zeros([MERGED_ROWS, BLOCK_DV], tl.float32)
+    # Vectors of one element, because `add_sink` and `store_tile` take tiles.
+    row_max = tl.full([1], float("-inf"), tl.float32)
+    row_sum = tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, BLOCK_DV], tl.float32)
     first_sum = tl.cast(num_splits, tl.int64) * num_rows
-    for split in range(num_splits):
-        split_row = tl.cast(split, tl.int64) * num_rows + row
-        split_max = tl.load(splits.sums + split_row, mask=is_row, other=float("-inf"))
-        split_sum = tl.load(splits.sums + first_sum + split_row, mask=is_row, other=0.0)
-        tile = tl.load(
-            splits.out + split_row[:, None] * VALUE_DIM + column[None, :],
-            mask=is_row[:, None] & (column[None, :] < VALUE_DIM),
-            other=0.0,
-        )
-        new_max = tl.maximum(row_max, split_max)
+    for first_split in range(0, num_splits, LOADED_SPLITS):
+        split = first_split + tl.arange(0, LOADED_SPLITS)
+        is_split = split < num_splits
+        split_row = split.to(tl.int64) * num_rows + row
+        split_max = tl.load(splits.sums + split_row, mask=is_split, other=float("-inf"))
+        split_sum = tl.load(splits.sums + first_sum + split_row, mask=is_split, other=0.0)
+        split_pointer = splits.out + split_row[:, None] * VALUE_DIM + column[None, :]
+        tile = load_tile(split_pointer, is_split, VALUE_DIM, BLOCK_DV)
+        new_max = tl.maximum(row_max, tl.max(split_max, 0))
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         rescale = tl.exp2((row_max - finite_max) * LOG2_E)
         weight = tl.exp2((split_max - finite_max) * LOG2_E) * split_sum
-        acc = acc * rescale[:, None] + tile * weight[:, None]
-        row_sum = row_sum * rescale + weight
+        acc = acc * rescale[:, None] + tl.sum(tile * weight[:, None], 0)[None, :]
+        row_sum = row_sum * rescale + tl.sum(weight, 0)
         row_max = new_max
     keys_max = row_max
     if sinks is not None:
@@ -107,8 +108,10 @@ def merge_splits_kernel(
     out, lse, max_out = merged
     out_base = out.ptr + (head_and_batch // num_heads).to(tl.int64) * out.stride_b + head.to(tl.int64) * out.stride_h
     out_row = (row % rows_per_head).to(tl.int64) * out.stride_row
-    store_tile((out_base + out_row)[:, None] + column[None, :], acc / row_sum[:, None], is_row, VALUE_DIM, BLOCK_DV)
+    is_row = tl.full([1], True, tl.int1)
+    store_tile((out_base + out_row + column)[None, :], acc / row_sum[:, None], is_row, VALUE_DIM, BLOCK_DV)
+    offset = row + tl.arange(0, 1)
     if lse is not None:
-        tl.store(lse + row, row_max + tl.log(row_sum), mask=is_row)
+        tl.store(lse + offset, row_max + tl.log(row_sum))
     if max_out is not None:
-        tl.store(max_out + row, keys_max, mask=is_row)
+        tl.store(max_out + offset, keys_max)

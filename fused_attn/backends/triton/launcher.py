@@ -35,7 +35,7 @@ from fused_attn.backends.triton.arguments import (
 from fused_attn.backends.triton.backward import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from fused_attn.backends.triton.bias_gradients import attention_bwd_dbias_kernel, attention_bwd_drelative_bias_kernel
 from fused_attn.backends.triton.configs import Config
-from fused_attn.backends.triton.decode import MERGED_ROWS, Merged, Splits, merge_splits_kernel
+from fused_attn.backends.triton.decode import Merged, Splits, merge_splits_kernel
 from fused_attn.backends.triton.forward import attention_fwd_kernel
 from fused_attn.backends.triton.interpreter import is_interpreting
 
@@ -135,7 +135,7 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
             num_rows,
         )
         if splits is not None:
-            merge_splits_kernel[(triton.cdiv(num_rows, MERGED_ROWS.value), 1, 1)](
+            merge_splits_kernel[(num_rows, 1, 1)](
                 splits,
                 Merged(Rows.of(out), lse, row_max),
                 masks.sinks,
