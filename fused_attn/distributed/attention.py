@@ -91,9 +91,7 @@ def context_parallel_attention(
             ranks raise on all of them. So does an argument that is wrong on one rank only.
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
-    group = group_of(mesh)
-    compares = seqlens is None and dist.get_world_size(group) > 1
-    with failing_together(group, query, number=2) if compares else contextlib.nullcontext():
+    with failing_together(mesh, query, number=2) if seqlens is None else contextlib.nullcontext():
         chosen = _options("context_parallel_attention", method, options)
         checks.check_flag("return_lse", return_lse)
         if seqlens is not None:
@@ -101,9 +99,10 @@ def context_parallel_attention(
         partial.check_rank_4(query, key, value)
         query, key, value = modes.autocast(query, key, value)
         _check_own(query, key, value, sinks, chosen)
-        if seqlens is None and not compares:
-            seqlens = query.shape[2], key.shape[2]
-        described = _described(query, key, value, sinks, method, chosen) if compares else None
+    group = group_of(mesh)
+    if seqlens is None and dist.get_world_size(group) == 1:
+        seqlens = query.shape[2], key.shape[2]
+    described = _described(query, key, value, sinks, method, chosen) if seqlens is None else None
     sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     _check_whole(query, key, value, sinks, chosen, (sharded_q.length, sharded_k.length))
     scores = SharedScores(
@@ -165,21 +164,20 @@ def context_parallel_attention_varlen(
         RuntimeError: a rank has ended, or does not answer within the time limit of the process group.
     """
     checks.check_flag("compare_ranks", compare_ranks)
-    group = group_of(mesh)
-    compares = compare_ranks and dist.get_world_size(group) > 1
-    described = None
-    with failing_together(group, query, number=2) if compares else contextlib.nullcontext():
+    with failing_together(mesh, query, number=2) if compare_ranks else contextlib.nullcontext():
         chosen = _options("context_parallel_attention_varlen", method, options, _REFUSED_PACKED)
         checks.check_flag("return_lse", return_lse)
         query, key, value = modes.autocast(query, key, value)
         documents = _documents(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, chosen)
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, rows, columns)
         _check_own(query, key, value, sinks, chosen)
-        if compares:
-            described = {
-                **_described(query, key, value, sinks, method, chosen), "cu_seqlens_q": documents.query,
-                "cu_seqlens_k": documents.key, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k,
-            }  # fmt: skip
+    group = group_of(mesh)
+    described = None
+    if compare_ranks and dist.get_world_size(group) > 1:
+        described = {
+            **_described(query, key, value, sinks, method, chosen), "cu_seqlens_q": documents.query,
+            "cu_seqlens_k": documents.key, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k,
+        }  # fmt: skip
     seqlens = documents.query[-1], documents.key[-1]
     sharded_q, sharded_k = _shardings(group, query, key, seqlens, described)
     scores = SharedScores(sharded_q, sharded_k, _band(chosen), needs_positions=True, documents=documents)

@@ -245,21 +245,26 @@ def shardings_of(
 
 
 @contextlib.contextmanager
-def failing_together(group: dist.ProcessGroup, tensor: Any, number: int) -> Iterator[None]:
+def failing_together(mesh: DeviceMesh | dist.ProcessGroup, tensor: Any, number: int) -> Iterator[None]:
     """While ranks check their own arguments: what one rank raises, all ranks raise in `shardings_of`.
 
-    All ranks of the group must call `shardings_of` afterwards, with `number` lengths, and with `CHECKED` in what they
-    describe. A rank whose check fails takes part in this call before the rank raises.
+    If there are several ranks, all of them must call `shardings_of` afterwards, with `number` lengths, and with
+    `CHECKED` in what they describe. A rank whose check fails takes part in this call before the rank raises.
 
     tensor: its device is that of the collective; anything that is no tensor counts as one on the CPU
     """
     try:
         yield
     except (TypeError, ValueError) as error:
-        device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
-        described = {"arguments": f"{type(error).__name__}: {error}"}
-        # If all ranks have failed alike, this call returns, and each rank raises its own error.
-        shardings_of({str(place): 0 for place in range(number)}, group, device, described)
+        try:
+            group = group_of(mesh)
+        except (TypeError, ValueError):
+            raise error from None  # without a group, no other rank waits
+        if dist.get_world_size(group) > 1:
+            device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
+            described = {"arguments": f"{type(error).__name__}: {error}"}
+            # If all ranks have failed alike, this call returns, and each rank raises its own error.
+            shardings_of({f"length {n}": 0 for n in range(number)}, group, device, described)
         raise
 
 
