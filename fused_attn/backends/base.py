@@ -143,9 +143,9 @@ def _within_band(problem: AttentionProblem, rows: int, block: int) -> int:
 def clear_rows(*tensors: Tensor | None, value: float = 0.0) -> None:
     """Fills tensors with a value, before a kernel writes the rows of packed sequences.
 
-    A row that belongs to no sequence keeps this value, because no kernel visits such a row. All rows are filled:
-    which rows belong to no sequence is known from cu_seqlens alone, and reading cu_seqlens would make the host wait for
-    a GPU.
+    A row that belongs to no sequence keeps this value, because no kernel visits such a row. The backends for GPUs fill
+    all rows: which rows belong to no sequence is known from cu_seqlens alone, and the host would wait for the GPU to
+    read cu_seqlens.
     """
     for x in tensors:
         if x is not None:
