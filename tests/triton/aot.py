@@ -71,6 +71,8 @@ MASKS = {
 }
 #: Other inputs that use rows of the combinations above. They are compiled for head dim 64 alone.
 LAYOUTS = ("varlen", "float-padding", "ranges")
+#: A head dim that is no multiple of 16. Tiles are loaded in pieces of 16 bytes nevertheless; see `arguments.Rows`.
+ODD_HEAD_DIM = 40
 
 
 class Cell(NamedTuple):
@@ -171,6 +173,7 @@ def cells(architectures: Iterable[int], wants_all: bool) -> Iterator[Cell]:
                         yield Cell(architecture, "fp16", head_dim, f"padding+sinks+{mask}")
         for layout in LAYOUTS:
             yield Cell(architecture, "fp16", 64, layout)
+        yield Cell(architecture, "fp16", ODD_HEAD_DIM, "padding+sinks")
 
 
 def compile_cell(cell: Cell, is_fresh: bool = False) -> list[Resources]:

@@ -31,7 +31,9 @@ def variants(inputs: Inputs):
     yield inputs._replace(sinks=inputs.sinks.half())
     yield inputs._replace(bias=inputs.bias.float())
     yield inputs._replace(bias=inputs.bias[:, :1, :, :1])
-    yield inputs._replace(key=torch.empty(*key.shape[:3], 65, dtype=key.dtype)[..., :64])
+    for columns in (65, 66, 68, 72):
+        yield inputs._replace(key=torch.empty(*key.shape[:3], columns, dtype=key.dtype)[..., :64])
+    yield inputs._replace(bias=torch.empty(*inputs.bias.shape[:3], key.shape[2] + 8)[..., : key.shape[2]])
     yield inputs._replace(query=query.mT.contiguous().mT)
 
 

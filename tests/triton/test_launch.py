@@ -29,7 +29,7 @@ pytest.importorskip("triton.language")
 
 from fused_attn.backends.triton import backend as triton_backend
 from fused_attn.backends.triton import launcher
-from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Scores
+from fused_attn.backends.triton.arguments import NO_MASKS, Masks, Rows, Scores
 
 EVERY_CASE = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.id, marks=[pytest.mark.quick] if case.is_quick else []) for case in CASES]
@@ -220,6 +220,27 @@ def test_every_mask_has_a_kernel_of_its_own(field: str) -> None:
     if isinstance(given, torch.Tensor):
         other_dtype = NO_MASKS._replace(**{field: given.half()})
         assert other_dtype.kind != NO_MASKS._replace(**{field: given}).kind
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "columns, align", [(64, 1), (72, 8), (40, 8), (100, 4), (66, 2), (65, 1)], ids=lambda number: str(number)
+)
+def test_rows_say_by_which_power_of_two_their_strides_are_divisible(columns: int, align: int) -> None:
+    """Triton itself sees strides that 16 divides."""
+    x = torch.empty(2, 3, 5, columns)
+    for rows in (Rows.of(x), Rows.of(x.transpose(1, 2)), Rows.of(x[0], is_packed=True), Rows.of_pages(x)):
+        assert rows.ALIGN.value == align
+    assert Rows.of(torch.empty(2, 3, 5, 80)[..., :72]).ALIGN.value == 1
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("keys, align", [(1024, 1), (1000, 8), (1004, 1), (1001, 1)])
+def test_scores_say_whether_their_strides_are_divisible_by_8(keys: int, align: int) -> None:
+    x = torch.empty(2, 3, 5, keys)
+    assert Scores.of(x).ALIGN.value == align
+    assert Scores.of(x[:, :, :1]).ALIGN.value == align
+    assert Scores.of(x[:1, :1, :1]).ALIGN.value == 1  # all strides are 0
 
 
 @EVERY_CASE

@@ -20,18 +20,26 @@ from fused_attn.backends.triton.configs import Config, padded_head_dim
 #: Arguments of kernels whose value never causes another compilation.
 UNSPECIALIZED = ("seqlen_q", "seqlen_k", "lse_stride", "band_offset", "heads_per_l2_group")
 
+#: The values of `Rows.ALIGN`.
+ALIGNS = {align: tl.constexpr(align) for align in (1, 2, 4, 8)}
+
 
 class Rows(NamedTuple):
     """The rows of a tensor (B, heads, rows, columns), of packed rows, or of pages. The column stride is 1.
 
     A packed tensor is (total rows, heads, columns). Its stride_b is 0, because q_offset and k_offset lead to the rows
     of a sequence. Pages are (num_pages, page_size, heads, columns). Their stride_b is that of a page.
+
+    ALIGN: all strides are multiples of this many elements. Triton itself sees strides that are multiples of 16, so
+        ALIGN is 1 for these. From others it would conclude nothing: a thread would load one element at a time, and
+        loads of 16 bits cannot be pipelined. With head dim 72, for example, rows begin at multiples of 8 elements.
     """
 
     ptr: Tensor | None
     stride_b: int = 0
     stride_h: int = 0
     stride_row: int = 0
+    ALIGN: tl.constexpr = ALIGNS[1]
 
     @classmethod
     def of(cls, x: Tensor | None, is_packed: bool = False) -> Rows:
@@ -39,27 +47,38 @@ class Rows(NamedTuple):
             return NO_ROWS
         if is_packed:
             stride_row, stride_h, _ = x.stride()
-            return _new(cls, (x, 0, stride_h, stride_row))
+            return _new(cls, (x, 0, stride_h, stride_row, _align(stride_h | stride_row)))
         stride_b, stride_h, stride_row, _ = x.stride()
-        return _new(cls, (x, stride_b, stride_h, stride_row))
+        return _new(cls, (x, stride_b, stride_h, stride_row, _align(stride_b | stride_h | stride_row)))
 
     @classmethod
     def of_pages(cls, x: Tensor) -> Rows:
         stride_page, stride_row, stride_h, _ = x.stride()
-        return _new(cls, (x, stride_page, stride_h, stride_row))
+        return _new(cls, (x, stride_page, stride_h, stride_row, _align(stride_page | stride_h | stride_row)))
+
+
+def _align(strides: int) -> tl.constexpr:
+    """`Rows.ALIGN`; strides: the bits of all strides together, whose lowest bit is the largest power of two."""
+    rest = strides % 16
+    return ALIGNS[rest & -rest or 1]
 
 
 NO_ROWS = Rows(None)
 
 
 class Scores(NamedTuple):
-    """A mask or bias that broadcasts to (B, H, L, S), or ranges. The stride of a dimension of size 1 is 0."""
+    """A mask or bias that broadcasts to (B, H, L, S), or ranges. The stride of a dimension of size 1 is 0.
+
+    ALIGN: as in `Rows`, but 8 or 1, and not for stride_col. Lengths that change from batch to batch would otherwise
+        cause more compilations.
+    """
 
     ptr: Tensor | None
     stride_b: int = 0
     stride_h: int = 0
     stride_row: int = 0
     stride_col: int = 0
+    ALIGN: tl.constexpr = ALIGNS[1]
 
     @classmethod
     def of(cls, x: Tensor | None) -> Scores:
@@ -67,16 +86,12 @@ class Scores(NamedTuple):
             return NO_SCORES
         batch, heads, rows, columns = x.shape
         stride_b, stride_h, stride_row, stride_col = x.stride()
-        return _new(
-            cls,
-            (
-                x,
-                0 if batch == 1 else stride_b,
-                0 if heads == 1 else stride_h,
-                0 if rows == 1 else stride_row,
-                0 if columns == 1 else stride_col,
-            ),
-        )
+        stride_b = 0 if batch == 1 else stride_b
+        stride_h = 0 if heads == 1 else stride_h
+        stride_row = 0 if rows == 1 else stride_row
+        stride_col = 0 if columns == 1 else stride_col
+        align = ALIGNS[8 if (stride_b | stride_h | stride_row) % 16 == 8 else 1]
+        return _new(cls, (x, stride_b, stride_h, stride_row, stride_col, align))
 
 
 NO_SCORES = Scores(None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_attn.backends.triton.arguments import Rows
 from fused_attn.backends.triton.scores import LOG2_E, add_sink
-from fused_attn.backends.triton.tiles import load_tile, store_tile
+from fused_attn.backends.triton.tiles import load_tile, row_pointer, store_tile
 
 #: A program for fewer keys than this costs more than it gains.
 MIN_KEYS_PER_SPLIT = 512
@@ -106,10 +106,9 @@ def merge_splits_kernel(
     row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
 
     out, lse, max_out = merged
-    out_base = out.ptr + (head_and_batch // num_heads).to(tl.int64) * out.stride_b + head.to(tl.int64) * out.stride_h
-    out_row = (row % rows_per_head).to(tl.int64) * out.stride_row
+    out_row = row_pointer(out, head_and_batch // num_heads, head, row % rows_per_head)
     is_row = tl.full([1], True, tl.int1)
-    store_tile((out_base + out_row + column)[None, :], acc / row_sum[:, None], is_row, VALUE_DIM, BLOCK_DV)
+    store_tile((out_row + column)[None, :], acc / row_sum[:, None], is_row, VALUE_DIM, BLOCK_DV)
     offset = row + tl.arange(0, 1)
     if lse is not None:
         tl.store(lse + offset, row_max + tl.log(row_sum))

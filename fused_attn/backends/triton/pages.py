@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_attn.backends.triton.tiles import load_tile
+from fused_attn.backends.triton.tiles import load_tile, row_pointer
 
 
 @triton.jit
@@ -33,5 +33,5 @@ def load_paged_rows(x, page, row, head_slice, is_valid, COLUMNS: tl.constexpr, B
 
     page, row: as `page_of` returns them
     """
-    start = head_slice.kv_head.to(tl.int64) * x.stride_h + page * x.stride_b + row.to(tl.int64) * x.stride_row
-    return load_tile(x.ptr + start[:, None] + tl.arange(0, BLOCK)[None, :], is_valid, COLUMNS, BLOCK)
+    pointer = row_pointer(x, page, head_slice.kv_head, row)[:, None] + tl.arange(0, BLOCK)[None, :]
+    return load_tile(pointer, is_valid, COLUMNS, BLOCK)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_attn.backends.triton.tiles import row_pointer
+
 #: With more ranges than this for a query, they are tested in a loop, because the code would grow too long.
 MAX_UNROLLED_RANGES = tl.constexpr(8)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -151,8 +153,7 @@ def hide(scores, hidden, query, key, is_valid, head_slice, masks, settings, IS_F
 @triton.jit
 def _in_ranges(x, query, key, head_slice, settings):
     """Whether each key lies in one of the ranges x (a `Scores`) of the query; false for a query that does not exist."""
-    of_head = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
-    ends = of_head + query.to(tl.int64) * x.stride_row
+    ends = row_pointer(x, head_slice.batch, head_slice.head, query)
     is_row = query < head_slice.seqlen_q
     found = (query < 0) & (key < 0)  # false, in the shape of the scores
     # Triton pipelines the loads of innermost loops only. So a loop in here would slow the loop over keys down.
@@ -230,8 +231,7 @@ def _exists(query, key, head_slice, IS_FULL: tl.constexpr):
 @triton.jit
 def _load_scores(x, query, key, head_slice, IS_FULL: tl.constexpr):
     """The tile of the mask or bias x (a `Scores`) at these positions, 0 beyond the sequence's end."""
-    base = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
-    pointer = base + query.to(tl.int64) * x.stride_row + key.to(tl.int64) * x.stride_col
+    pointer = row_pointer(x, head_slice.batch, head_slice.head, query) + key.to(tl.int64) * x.stride_col
     return tl.load(pointer, mask=_exists(query, key, head_slice, IS_FULL), other=0)
 
 

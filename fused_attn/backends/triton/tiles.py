@@ -234,22 +234,34 @@ def is_valid_key(key, head_slice, masks):
 
 
 @triton.jit
-def query_pointer(x, head_slice, query, BLOCK: tl.constexpr):
-    """(M, BLOCK) pointers to the rows `query` of the head slice in x, which is `Rows` with a row for each query.
+def row_pointer(x, batch, head, row):
+    """Pointers to the first elements of rows of x, which is `Rows` or `Scores`. batch, head and row broadcast.
 
     Offsets have 64 bits, because large tensors have more than 2^31 elements.
     """
-    base = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.head.to(tl.int64) * x.stride_h
-    row = head_slice.q_offset + query
-    return base + row.to(tl.int64)[:, None] * x.stride_row + tl.arange(0, BLOCK)[None, :]
+    of_batch = x.ptr + batch.to(tl.int64) * aligned(x.stride_b, x)
+    of_head = of_batch + head.to(tl.int64) * aligned(x.stride_h, x)
+    return of_head + row.to(tl.int64) * aligned(x.stride_row, x)
+
+
+@triton.jit
+def aligned(stride, x):
+    """A stride of x as it is, in a form that shows Triton that the stride is a multiple of x.ALIGN."""
+    return stride // x.ALIGN * x.ALIGN
+
+
+@triton.jit
+def query_pointer(x, head_slice, query, BLOCK: tl.constexpr):
+    """(M, BLOCK) pointers to the rows `query` of the head slice in x, which is `Rows` with a row for each query."""
+    row = (head_slice.q_offset + query)[:, None]
+    return row_pointer(x, head_slice.batch, head_slice.head, row) + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
 def key_pointer(x, head_slice, key, BLOCK: tl.constexpr):
     """(N, BLOCK) pointers to the rows `key` of the head slice in x, which is `Rows` with a row for each key."""
-    base = x.ptr + head_slice.batch.to(tl.int64) * x.stride_b + head_slice.kv_head.to(tl.int64) * x.stride_h
-    row = head_slice.k_offset + key
-    return base + row.to(tl.int64)[:, None] * x.stride_row + tl.arange(0, BLOCK)[None, :]
+    row = (head_slice.k_offset + key)[:, None]
+    return row_pointer(x, head_slice.batch, head_slice.kv_head, row) + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
