@@ -108,8 +108,8 @@ void compute_dsinks(const AttentionParams& p, const RowStatistics<Lane>& statist
     const int64_t length = round_up(sequence_of(p, b).seqlen_q, kLanes<Lane>);
     const RowStatistics<Lane> rows = statistics.at(p, b, h, 0);
     for (int64_t i = 0; i < length; i += kLanes<Lane>) {
-      const Vec<Lane> exponent = (sink - load<Lane>(rows.lse + i)) * Lane(kLog2E);
-      const Vec<Lane> share = exp2<Lane>(exponent + load<Lane>(rows.correction + i));
+      const Vec<Lane> log_share = sink - load<Lane>(rows.lse + i) + load<Lane>(rows.correction + i);
+      const Vec<Lane> share = exp2<Lane>(log_share * Lane(kLog2E));
       total += share * (load<Lane>(rows.dlse + i) - load<Lane>(rows.delta + i));
     }
   }

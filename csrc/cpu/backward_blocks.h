@@ -82,7 +82,8 @@ FA_NOINLINE bool backward_tile(const ScoreInputs<Policy>& in, int k, int v, bool
     const Vec<Lane> correction = load<Lane>(rows.correction + (v + c) * n);
     FA_UNROLL
     for (int r = 0; r < kKeys; ++r) {
-      Vec<Lane> x = prob_of<Policy>(lse_exponent<Policy>(acc[r][c], to_logits, lse) + correction);
+      const Vec<Lane> log_prob = above_lse<Policy>(acc[r][c], to_logits, lse) + correction;
+      Vec<Lane> x = prob_of<Policy>(log_prob * Lane(kLog2E));
       // The lse of a row may be NaN, but the probability of a hidden key must still be zero.
       if (!kPlain) x = select<Lane>(acc[r][c] == -FloatTraits<Lane>::kInfinity, Vec<Lane>{}, x);
       store<Lane>(probs + (r * kColumns + c) * n, x);

@@ -38,7 +38,7 @@ FA_INLINE int64_t head_index(const AttentionParams& p, int64_t chunk, int64_t b,
 template <class Lane>
 struct RowStatistics {
   Lane* lse;         // +inf for rows that see no key or do not exist, so that their probs are zero
-  Lane* correction;  // makes up for the rounding of lse: -log2 of the sum of exp(scores - lse) over the keys
+  Lane* correction;  // makes up for the rounding of lse: -log of the sum of exp(logits - lse) over the keys
   Lane* delta;       // rowsum(dout * out)
   Lane* dlse;        // the gradient by lse; stored apart from delta, because the difference of both would be rounded
 

@@ -260,7 +260,7 @@ void store_statistics(const AttentionParams& p, int64_t b, const DecodeRow<Lane>
   for (int64_t r = 0; r < count; ++r) {
     const RowStatistics<Lane> own = statistics.at(p, b, rows[r].head, rows[r].query);
     *own.lse = rows[r].largest;
-    *own.correction = rows[r].factor > 0 ? natural_log(rows[r].factor) * Lane(kLog2E) : 0;
+    *own.correction = rows[r].factor > 0 ? natural_log(rows[r].factor) : 0;
     *own.delta = rows[r].delta;
     *own.dlse = rows[r].dlse;
     const bool is_last = r + 1 == count || rows[r + 1].head != rows[r].head;

@@ -32,7 +32,9 @@ void merge_splits(const AttentionParams& p, const DecodePlan& plan,
   // A row that sees no key has the output 0, even if there is a sink. A total of NaN is not 0, so its row becomes NaN.
   const bool empty = total == 0;
   if (p.row_max.data != nullptr) {
-    *row_of<Lane>(p.row_max, b, h, seq.q_offset + i) = empty ? -FloatTraits<Lane>::kInfinity : keys_max;
+    // A maximum ignores logits that are NaN, but a sum does not.
+    const Lane largest = total == total ? keys_max : total;
+    *row_of<Lane>(p.row_max, b, h, seq.q_offset + i) = empty ? -FloatTraits<Lane>::kInfinity : largest;
   }
   // The sink is added to the denominator only. The maximum, the sink included, is subtracted before each exponential.
   const Lane sink = sink_of<Lane>(p, h);

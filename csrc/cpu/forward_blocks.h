@@ -204,7 +204,11 @@ FA_NOINLINE void write_output(const AttentionParams& p, const Sequence& seq, con
       const Vec<Lane> value = select<Lane>(softmax.sum.row[v] == 0, none, reference + log(total));
       for (int i = 0; i < n && q + i < nq; ++i) lse[(q + i) * p.lse.stride_row] = value[i];
     }
-    for (int i = 0; row_max != nullptr && i < n && q + i < nq; ++i) row_max[q + i] = softmax.row_max[v][i] * to_logits;
+    for (int i = 0; row_max != nullptr && i < n && q + i < nq; ++i) {
+      const Lane sum = softmax.sum.row[v][i];
+      // A maximum ignores logits that are NaN, but a sum does not.
+      row_max[q + i] = sum == sum ? softmax.row_max[v][i] * to_logits : sum;
+    }
   }
   // The sum of a row that sees no key is 0. Its output is 0 and its lse is -inf, even if there is a sink.
   const auto column = [&](int d, int q) {

@@ -75,16 +75,17 @@ FA_NOINLINE bool load_row_statistics(const AttentionParams& p, const Sequence& s
   return inexact;
 }
 
-// The exponent x for which 2^x = exp(score * to_logits - lse). sum_tile and backward_tile both call this function, so
-// that the correction of lse is measured with the same rounding errors that it has to correct.
+// logit - lse. sum_tile and backward_tile both call this function, so that the correction of lse is measured with the
+// same rounding errors that it has to correct. Callers add the correction before they multiply by log2(e): a product
+// and then a sum would become one multiply-add in one of the callers alone, which does not round the product.
 template <class Policy>
-FA_INLINE Vec<typename Policy::Lane> lse_exponent(Vec<typename Policy::Lane> score, typename Policy::Lane to_logits,
-                                                  Vec<typename Policy::Lane> lse) {
-  return (score * to_logits - lse) * typename Policy::Lane(kLog2E);
+FA_INLINE Vec<typename Policy::Lane> above_lse(Vec<typename Policy::Lane> score, typename Policy::Lane to_logits,
+                                               Vec<typename Policy::Lane> lse) {
+  return score * to_logits - lse;
 }
 
-// The sum of exp(score - lse) of one vector of queries over the keys so far: 2^largest * sum. The largest exponent is
-// kept apart, because an lse of 1e9 may be so far from the scores that the sum would overflow or be zero.
+// The sum of exp(logit - lse) of one vector of queries over the keys so far: exp(largest) * sum. The largest difference
+// is kept apart, because an lse of 1e9 may be so far from the logits that the sum would overflow or be zero.
 template <class Lane>
 struct ProbSum {
   Vec<Lane> largest = broadcast<Lane>(FloatTraits<Lane>::kLowest);
@@ -107,20 +108,20 @@ FA_NOINLINE void sum_tile(const ScoreInputs<Policy>& in, int k, int v, bool part
     Vec<Lane> largest = before;
     FA_UNROLL
     for (int r = 0; r < kTileKeys; ++r) {
-      acc[r][c] = lse_exponent<Policy>(acc[r][c], to_logits, row_lse);
+      acc[r][c] = above_lse<Policy>(acc[r][c], to_logits, row_lse);
       largest = max<Lane>(acc[r][c], largest);
     }
-    Vec<Lane> sum = sums[v + c].sum * exp2<Lane>(before - largest);
+    Vec<Lane> sum = sums[v + c].sum * exp2<Lane>((before - largest) * Lane(kLog2E));
     FA_UNROLL
-    for (int r = 0; r < kTileKeys; ++r) sum += prob_of<Policy>(acc[r][c] - largest);
+    for (int r = 0; r < kTileKeys; ++r) sum += prob_of<Policy>((acc[r][c] - largest) * Lane(kLog2E));
     sums[v + c] = {largest, sum};
   }
 }
 
 // Computes the corrections of lse for a block of queries. The rounding error of lse grows with its size: an lse of 1e3
 // has an error that changes probs by 6e-5, and an lse of -1e9, as a large negative bias makes it, changes probs several
-// times over. So this function sums exp(score - lse) over all keys of each row. Without rounding, the sum would be 1.
-// The correction, which is added to the exponent of probs, divides probs by this sum. It also makes up for scores that
+// times over. So this function sums exp(logit - lse) over all keys of each row. Without rounding, the sum would be 1.
+// The correction, which is added to the logits, divides probs by this sum. It also makes up for scores that
 // forward has multiplied in another order, as AMX does. Returns false if a sum is NaN.
 template <class Policy>
 FA_NOINLINE bool correct_lse(const AttentionParams& p, const Sequence& seq,
@@ -157,12 +158,10 @@ FA_NOINLINE bool correct_lse(const AttentionParams& p, const Sequence& seq,
   bool is_number = true;
   for (int q = 0; q < nq; ++q) {
     const Lane keys_largest = sums[q / n].largest[q % n];
-    const Lane sink = (sink_of<Lane>(p, queries.h) - rows.lse[q]) * Lane(kLog2E);
+    const Lane sink = sink_of<Lane>(p, queries.h) - rows.lse[q];
     const Lane largest = sink > keys_largest ? sink : keys_largest;
-    const Lane ln2 = 1 / Lane(kLog2E);
-    const Lane sum =
-        sums[q / n].sum[q % n] * natural_exp((keys_largest - largest) * ln2) + natural_exp((sink - largest) * ln2);
-    if (sum > 0) rows.correction[q] = -largest - natural_log(sum) * Lane(kLog2E);
+    const Lane sum = sums[q / n].sum[q % n] * natural_exp(keys_largest - largest) + natural_exp(sink - largest);
+    if (sum > 0) rows.correction[q] = -largest - natural_log(sum);
     is_number &= sum == sum;
   }
   return is_number;

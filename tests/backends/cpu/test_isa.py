@@ -296,6 +296,23 @@ def test_gradients_beside_a_huge_bias(seqlen_q: int, has_sinks: bool, offset: fl
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("scale", [1e9, 1e12, 1e16])
+@pytest.mark.parametrize("seqlen_q", [2, 40])  # kernels for few queries, and for blocks of queries
+def test_gradients_of_huge_logits_that_are_not_exact(seqlen_q: int, scale: float, isa: str) -> None:
+    """Each query sees one key. A multiply-add in one of two sums that have to agree would make exponents differ."""
+    generator = torch.Generator().manual_seed(0)
+    query, dout = torch.randn(2, 1, 1, seqlen_q, 72, generator=generator)
+    key, value = torch.randn(2, 1, 1, 130, 72, generator=generator)
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    dvalues = []
+    for backend in ("cpu", "reference"):
+        out = fused_attn.fused_attention(*inputs, scale=scale, backend=backend)
+        dquery, dkey, dvalue = torch.autograd.grad(out, inputs, dout)
+        assert dquery.isfinite().all() and dkey.isfinite().all()
+        dvalues.append(dvalue)
+    torch.testing.assert_close(*dvalues)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("spoils", ["query", "key", "bias"])
 @pytest.mark.parametrize("row", [2, 4, 8, 16, 32])  # for each vector width, one of them shares row 0's lane
