@@ -28,11 +28,11 @@ GPU_KERNEL void GPU_LAUNCH_BOUNDS(kMergeThreads, 1) merge_splits_kernel(const GP
   for (int32_t split = lane.index; split < p.splits.count; split += 32) {
     const SplitSum sum = sum_of(split);
     reference = fmaxf(reference, sum.reference);
-    row_max = fmaxf(row_max, sum.row_max);
+    row_max = max_or_nan(row_max, sum.row_max);
   }
   GPU_UNROLL for (int mask = 1; mask < 32; mask *= 2) {
     reference = fmaxf(reference, shuffle_xor(reference, mask));
-    row_max = fmaxf(row_max, shuffle_xor(row_max, mask));
+    row_max = max_or_nan(row_max, shuffle_xor(row_max, mask));
   }
   if (p.row_max.data != nullptr && thread_index() == 0) store_global(head_slice.query_value(p.row_max, query), row_max);
 

@@ -58,6 +58,7 @@ GPU_DEVICE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 GPU_DEVICE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 GPU_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b);  // upper half of the 64-bit product
 GPU_DEVICE float multiply_add(float a, float b, float c);   // a * b + c, rounded once
+GPU_DEVICE float max_or_nan(float a, float b);              // max.NaN: NaN if a or b is NaN, unlike fmaxf
 GPU_DEVICE float exp2_approx(float x);                      // ex2.approx.ftz
 GPU_DEVICE float log2_approx(float x);                      // lg2.approx.ftz
 GPU_DEVICE float reciprocal_approx(float x);                // rcp.approx.ftz

@@ -141,7 +141,8 @@ struct LazySoftmax {
   }
 };
 
-// The largest scores of two rows. LazySoftmax does not know them: its references are only near them.
+// The largest scores of two rows, or NaN if a score is NaN. LazySoftmax does not know them: its references are only near
+// them.
 struct RowMaxima {
   float value[2];  // of this thread's columns alone
 
@@ -150,12 +151,15 @@ struct RowMaxima {
   template <int kTiles>
   GPU_DEVICE void add(const float (&scores)[kTiles][4]) {
     GPU_UNROLL for (int t = 0; t < kTiles; ++t) {
-      GPU_UNROLL for (int j = 0; j < 4; ++j) value[j / 2] = fmaxf(value[j / 2], scores[t][j]);
+      GPU_UNROLL for (int j = 0; j < 4; ++j) value[j / 2] = max_or_nan(value[j / 2], scores[t][j]);
     }
   }
 
   // The largest logit of row r, if a score times `scale` is a logit. All lanes of a warp call this.
-  GPU_DEVICE float of_row(int r, float scale) const { return row_maximum(value[r]) * scale; }
+  GPU_DEVICE float of_row(int r, float scale) const {
+    const float of_pair = max_or_nan(value[r], shuffle_xor(value[r], 1));
+    return max_or_nan(of_pair, shuffle_xor(of_pair, 2)) * scale;
+  }
 };
 
 // Adds exp(sink) to the denominator of a finished row: changes the row's factor and log-sum-exp. An empty row stays

@@ -220,7 +220,10 @@ GPU_KERNEL void arithmetic_kernel(const float* x, uint32_t* out) {
                               float_bits(floats.y),
                               float_bits(shuffle_xor(own, 5)),
                               multiply_high(float_bits(own), 0xD2511F53u),
-                              uint32_t(warp_any(own > 1e6f))};
+                              uint32_t(warp_any(own > 1e6f)),
+                              float_bits(max_or_nan(own, next)),
+                              float_bits(max_or_nan(own * 0.0f / 0.0f, next)),
+                              float_bits(max_or_nan(own, next * 0.0f / 0.0f))};
   int i = 0;
   for (uint32_t result : results) store_global(out + kWarp * i++ + lane, result);
 }

@@ -434,7 +434,7 @@ def test_sums_in_a_fixed_order(fragments, seed):
 def test_arithmetic(fragments, is_bf16):
     x = torch.randn(32) * 8
     x[:4] = torch.tensor([0.0, 1.0, float("inf"), 70000.0])
-    out = torch.zeros(8, 32, dtype=torch.int32)
+    out = torch.zeros(11, 32, dtype=torch.int32)
     fragments.call("arithmetic", is_bf16, fragments.buffer(x), fragments.buffer(out, is_writable=True))
     floats, following = out.view(torch.float32), x.roll(-1)
     # Error bounds of the PTX manual for ex2.approx and lg2.approx: 2^-22, relative (lg2: outside of [0.5, 2]).
@@ -449,3 +449,5 @@ def test_arithmetic(fragments, is_bf16):
     bits = [int(b) & 0xFFFFFFFF for b in x.view(torch.int32)]
     assert [int(w) & 0xFFFFFFFF for w in out[6]] == [b * 0xD2511F53 >> 32 for b in bits]
     assert out[7].tolist() == [1] * 32  # one lane holds infinity
+    assert torch.equal(floats[8], torch.maximum(x, following))
+    assert floats[9:].isnan().all()

@@ -171,18 +171,23 @@ def test_row_max_is_merged(architecture: int, kernels: Kernels) -> None:
     torch.testing.assert_close(row_max, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("returns_max", [False, True])
 @pytest.mark.parametrize("queries", [4, 40])
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_nan_is_not_taken_for_a_split_without_keys(architecture: int, queries: int, kernels: Kernels) -> None:
+def test_nan_is_not_taken_for_a_split_without_keys(
+    architecture: int, queries: int, returns_max: bool, kernels: Kernels
+) -> None:
     """A row whose scores in a split are all NaN has the reference -inf there, as a row without keys has."""
     query, key, value = make_inputs(1, queries, 700)
     broken_query, broken_key = query.clone(), key.clone()
     broken_query[0, 0, 3, 5] = float("nan")
     broken_key[:, :, 512:, 0] = float("nan")  # all keys of the third split
 
-    def run(query: Tensor, key: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
+    def run(query: Tensor, key: Tensor, num_splits: int) -> tuple[Tensor, ...]:
         with kernels.running(architecture):
-            return fused_attn.fused_attention(query, key, value, num_splits=num_splits, return_lse=True, backend="cuda")
+            return fused_attn.fused_attention(
+                query, key, value, num_splits=num_splits, return_lse=True, return_max=returns_max, backend="cuda"
+            )
 
     for changed in ((broken_query, key), (query, broken_key)):
         for x, expected in zip(run(*changed, num_splits=3), run(*changed, num_splits=1), strict=True):

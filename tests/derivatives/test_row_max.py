@@ -42,6 +42,27 @@ def test_what_is_returned(qkv: list[Tensor], backend: str) -> None:
                 assert first.requires_grad == is_grad_enabled
 
 
+@pytest.mark.parametrize("seqlen_q, num_splits", [(1, None), (1, 4), (3, 1), (70, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_logit_of_nan_is_the_largest(
+    dtype: torch.dtype, seqlen_q: int, num_splits: int | None, backend: str, generator: torch.Generator
+) -> None:
+    """As in `torch.amax`. What watches the largest logit must not miss it. The LSE is NaN as well."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton has no kernel for float64")
+    query = torch.randn(1, 2, seqlen_q, 16, generator=generator).to(dtype)
+    key = torch.randn(1, 2, 520, 16, generator=generator).to(dtype)
+    options = {"num_splits": num_splits, "return_lse": True, "return_max": True, "backend": backend}
+    key[0, 0, 300] = torch.nan
+    _, *of_rows = fused_attention(query, key, key, **options)
+    for x in of_rows:
+        assert x[0, 0].isnan().all() and x[0, 1].isfinite().all()
+    query[0, 1, 0] = torch.nan  # all logits of a row
+    _, *of_rows = fused_attention(query, key, key, **options)
+    for x in of_rows:
+        assert x[0, 1, 0].isnan() and x[0, 1, 1:].isfinite().all()
+
+
 def test_gradients_do_not_change(qkv: list[Tensor], backend: str) -> None:
     plain = torch.autograd.grad(fused_attention(*qkv, **OPTIONS, backend=backend).sum(), qkv)
     out, row_max = fused_attention(*qkv, **OPTIONS, return_max=True, backend=backend)

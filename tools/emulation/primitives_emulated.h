@@ -25,6 +25,7 @@ inline int grid_size_z() { return emulation::block().grid_size.z; }
 
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
