@@ -327,6 +327,24 @@ def test_merge_of_more_splits_than_are_loaded_at_a_time(value_dim: int) -> None:
     cases.check(case, torch.float32, "triton", DEVICE)
 
 
+def test_float32_logits_beyond_a_billion(gpu_arithmetic: None, generator: torch.Generator) -> None:
+    """The maximum of a row is a rounded product, so that no exponential of a score may come from an unrounded one."""
+    query, key, value = torch.randn(3, 1, 1, 64, 128, generator=generator).mul(3e4).to(DEVICE)
+    out = fused_attn.fused_attention(query, key, value, backend="triton")
+    torch.testing.assert_close(out, fused_attn.fused_attention(query, key, value, backend="reference"))
+
+
+def test_splits_of_large_logits_have_the_right_weights(gpu_arithmetic: None) -> None:
+    """The largest logits of the splits, near 1e6, are half a unit apart."""
+    quarter = (torch.arange(512) // 128).half()
+    query, key = torch.zeros(1, 1, 1, 64).half(), torch.zeros(1, 1, 512, 64).half()
+    query[..., 0], key[..., 0] = 1024, 8192
+    query[..., 1], key[..., 1] = 8, quarter / 2
+    inputs = [x.to(DEVICE) for x in (query, key, quarter[None, None, :, None].expand(1, 1, 512, 64))]
+    split, whole = (fused_attn.fused_attention(*inputs, num_splits=n, backend="triton") for n in (4, 1))
+    torch.testing.assert_close(split, whole, rtol=2**-10, atol=0)
+
+
 def _large_row_bias(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     return torch.randn(1, 1, case.seqlen_q, 1, generator=generator).to(dtype) + 600
 

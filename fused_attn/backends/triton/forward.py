@@ -12,10 +12,12 @@ from fused_attn.backends.triton.pages import load_paged_rows, page_of
 from fused_attn.backends.triton.scores import (
     add_sink,
     biased_scores,
+    divisor,
     dropout_keep,
     exp_from,
     exponent_unit,
     hide,
+    largest_logit,
     rescale_factor,
     to_exponent,
 )
@@ -66,7 +68,7 @@ def attention_fwd_kernel(
     k,  # Rows (B, Hkv, S, D), or of pages
     v,  # Rows (B, Hkv, S, Dv), or of pages
     out,  # Rows (B, H, L, Dv), written. If IS_SPLIT: the first split of (num_splits, B, H, L, Dv) float32
-    lse,  # (B, H, L) float32 or None, written. If IS_SPLIT: (2, num_splits, B, H, L), first row_max, then row_sum
+    lse,  # (B, H, L) float32 or None, written. If IS_SPLIT: `Splits.sums`
     max_out,  # (B, H, L) float32 or None, the largest logit of each row, written unless IS_SPLIT
     masks,
     settings,
@@ -124,17 +126,17 @@ def attention_fwd_kernel(
         first_key = partial_block(blocks, index, settings.BLOCK_N)
         softmax = _attend(softmax, queries, first_key, k, v, head_slice, masks, settings, IS_FULL=False)
 
-    # Divide by row_sum and store. An empty row has row_max = -inf, row_sum = 0 and acc = 0. With row_sum = 1 instead,
-    # its output becomes 0 and its LSE -inf.
+    # Divide by row_sum and store. An empty row has row_max = -inf, row_sum = 0 and acc = 0.
     row_max, row_sum, acc = softmax
-    row_max *= exponent_unit(settings)
-    keys_max = row_max
+    if not IS_SPLIT:
+        row_max *= exponent_unit(settings)
+    keys_max = largest_logit(row_max, row_sum)
     if masks.sinks is not None and not IS_SPLIT:
         sink = tl.load(masks.sinks + head).to(tl.float32)
         if PACK_HEADS:
             sink = tl.sum(sink, 1)  # (M, 1) -> (M,)
         acc, row_max, row_sum = add_sink(acc, row_max, row_sum, sink)
-    row_sum = tl.where(row_max == float("-inf"), 1.0, row_sum)
+    row_sum = divisor(row_max, row_sum)
     out_tile = acc * (settings.dropout_scale / row_sum)[:, None]
     row_lse = row_max + tl.log(row_sum)
     out_pointer = query_pointer(out, head_slice, query, settings.BLOCK_DV)
@@ -143,8 +145,8 @@ def attention_fwd_kernel(
         split_offset = tl.program_id(1).to(tl.int64) * split_rows
         out_pointer += split_offset * settings.VALUE_DIM
         lse_offset += split_offset
-        # A split stores row_max and row_sum apart, not their LSE. The LSE of large logits has a rounding error that
-        # would weight the splits wrongly.
+        # A split stores row_sum and row_max, as `to_exponent` returns it. The LSE and the maximum as a logit have
+        # rounding errors that would weight the splits of large logits wrongly.
         row_lse = row_max
         sum_offset = num_splits.to(tl.int64) * split_rows + lse_offset
         tl.store(lse + sum_offset, row_sum[:, None], mask=is_row[:, None])

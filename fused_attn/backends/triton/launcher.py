@@ -139,12 +139,10 @@ def forward(problem: AttentionProblem, inputs: Inputs, needs_lse: bool, needs_ma
                 splits,
                 Merged(Rows.of(out), lse, row_max),
                 masks.sinks,
-                heads,
+                plan.forward.settings,
                 plan.num_splits,
                 rows,
                 num_rows,
-                VALUE_DIM=problem.value_dim,
-                BLOCK_DV=configs.padded_head_dim(problem.value_dim),
             )
     return results
 

@@ -32,6 +32,11 @@ def biased_scores(qk, query, key, head_slice, masks, settings, IS_FULL: tl.const
         dcap = 1.0 - capped * capped
     elif settings.is_scale_folded is not None:
         scores = qk
+    elif masks.bias.ptr is None and masks.key_bias is None and masks.relative_bias is None:
+        # A product in one place and the difference from the maximum in another would become one multiply-add, which
+        # does not round the product. The maximum is a rounded product, so a logit of 1e10 would exceed it by hundreds.
+        # A multiply-add of its own is rounded.
+        scores = tl.fma(qk, settings.scale, 0.0)
     else:
         scores = qk * settings.scale
     if masks.bias.ptr is not None:
@@ -113,6 +118,21 @@ def rescale_factor(old, new, settings):
         return tl.exp2(old - new)
     else:
         return tl.exp2((old - new) * LOG2_E)
+
+
+@triton.jit
+def largest_logit(row_max, row_sum):
+    """What `return_max` returns: NaN if a logit of the row is NaN, which the maximum ignores and the sum does not."""
+    return tl.where(row_sum == row_sum, row_max, row_sum)
+
+
+@triton.jit
+def divisor(row_max, row_sum):
+    """The denominator of a row: row_sum, but 1 for an empty row, whose output is 0 then, and whose LSE is -inf.
+
+    A row whose logits are all NaN has the maximum -inf as well, but a sum of NaN, which stays NaN.
+    """
+    return row_sum + tl.where(row_max == float("-inf"), 1.0, 0.0)
 
 
 @triton.jit
