@@ -165,6 +165,27 @@ def test_compile(compiler: str, backend: str, generator: torch.Generator) -> Non
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("sizes", [(HEADS,), ()], ids=["each-head", "all-heads"])
+def test_compile_with_a_bias_from_outside(sizes: tuple, compiler: str, generator: torch.Generator) -> None:
+    """Compiled code knows only the number of all rows, so the bias is made for that many rows."""
+    torch.compiler.reset()
+
+    def attend(x: Tensor, bias: Tensor) -> Tensor:
+        return heads(fused_attention(heads(x), heads(x), heads(x), relative_bias=bias))
+
+    compiled = torch.compile(attend, backend=compiler, fullgraph=True)
+    for lengths in (LENGTHS, OTHER_LENGTHS):
+        x = nested(generator, lengths, HEADS, HEAD_DIM)
+        total, longest = sum(lengths), max(lengths)
+        bias = torch.randn(*sizes, 2 * total - 1, generator=generator, dtype=torch.float64, requires_grad=True)
+        found = compiled(x, bias)
+        expected = attend(x, bias[..., total - longest : total + longest - 1])
+        torch.testing.assert_close(found.values(), expected.values())
+        gradients = [torch.autograd.grad(y.values().square().sum(), (x.rows, bias)) for y in (found, expected)]
+        torch.testing.assert_close(*gradients)
+
+
 def test_autocast_and_dropout(generator: torch.Generator) -> None:
     rows = torch.randn(sum(LENGTHS), HEADS, HEAD_DIM, generator=generator)
     x = heads(torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, *LENGTHS]).cumsum(0)))
