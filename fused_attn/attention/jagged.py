@@ -62,7 +62,11 @@ def pack(name: str, x: Tensor, length_dim: int) -> Packed:
             f"{name}: expected lengths that differ in dimension {length_dim}, got ones that differ in {x._ragged_idx}"
         )
     if x.lengths() is not None:
-        raise ValueError(f"{name}: expected sequences that follow one another; close the gaps with {name}.contiguous()")
+        # torch closes gaps only in tensors that are jagged in dimension 1.
+        swap = f".transpose(1, {length_dim})" if length_dim != 1 else ""
+        raise ValueError(
+            f"{name}: expected sequences that follow one another; close the gaps with {name}{swap}.contiguous(){swap}"
+        )
     rows = (x.transpose(1, length_dim) if length_dim != 1 else x).values()
     # Compiled code cannot read the lengths. The number of all rows is the only bound that it knows.
     max_seqlen = rows.shape[0] if torch.compiler.is_compiling() else x._get_max_seqlen()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -204,15 +206,10 @@ def test_errors(generator: torch.Generator) -> None:
     no_heads, dense = nested(generator, LENGTHS, HEAD_DIM), torch.randn(4, HEADS, 9, HEAD_DIM)
     mask = torch.ones(4, 9, dtype=torch.bool)
     strided = torch.nested.nested_tensor([torch.randn(2, HEADS, HEAD_DIM), torch.randn(3, HEADS, HEAD_DIM)])
-    gaps = torch.nested.narrow(
-        torch.randn(3, 5, HEADS, HEAD_DIM), 1, torch.zeros(3, dtype=torch.long), torch.tensor([2, 3, 4]),
-        layout=torch.jagged,
-    )  # fmt: skip
     for error, words, arguments in (
         (TypeError, "key: expected a nested tensor.*got a dense one", (heads(x), dense, heads(x))),
         (TypeError, "query: expected.*layout=torch.jagged", (strided,) * 3),
         (ValueError, "query: expected lengths that differ in dimension 2", (x, x, x)),
-        (ValueError, r"query: expected sequences that follow.*query.contiguous\(\)", (heads(gaps),) * 3),
         (ValueError, "value: expected the offsets of key", (heads(x), heads(x), heads(other))),
         (ValueError, "query: expected a nested tensor .B, heads, length, head dim", (no_heads,) * 3),
         (ValueError, "attn_mask: expected None with nested tensors", (*(heads(x),) * 3, mask)),
@@ -221,6 +218,29 @@ def test_errors(generator: torch.Generator) -> None:
             fused_attention(*arguments)
     with pytest.raises(ValueError, match="key_padding_mask: expected None with nested tensors"):
         fused_attention(heads(x), heads(x), heads(x), key_padding_mask=mask)
+
+
+def test_the_advice_about_gaps_works(generator: torch.Generator) -> None:
+    module = FusedMultiheadAttention(EMBED_DIM, HEADS, batch_first=True)
+    start, lengths = torch.zeros(3, dtype=torch.long), torch.tensor([2, 3, 4])
+
+    def attend(query: Tensor) -> Tensor:
+        return heads(fused_attention(query, query, query))
+
+    def attend_by_module(query: Tensor) -> Tensor:
+        return module(query, query, query, need_weights=False)[0]
+
+    for call, sizes, length_dim, advice in (
+        (attend, (HEADS, HEAD_DIM), 2, "query.transpose(1, 2).contiguous().transpose(1, 2)"),
+        (attend_by_module, (EMBED_DIM,), 1, "query.contiguous()"),
+    ):
+        padded = torch.randn(3, 5, *sizes, generator=generator)
+        query = torch.nested.narrow(padded, 1, start, lengths, layout=torch.jagged).transpose(1, length_dim)
+        with pytest.raises(ValueError, match=f"query: expected sequences that follow.*{re.escape(advice)}$"):
+            call(query)
+        found = call(eval(advice, {"query": query})).unbind()
+        for out, row, length in zip(found, padded, lengths, strict=True):
+            torch.testing.assert_close(out, call(row[None, :length].transpose(1, length_dim))[0])
 
 
 def test_explain_takes_none(generator: torch.Generator) -> None:
