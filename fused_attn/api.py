@@ -97,7 +97,8 @@ def fused_attention(
 
     Query, key and value may be nested tensors (B, H, length, D) with ``layout=torch.jagged``. Masks are refused then,
     because such sequences have no padding. No sequence sees another one, as in `fused_attention_varlen`. The L and S of
-    `relative_bias` are the longest lengths.
+    `relative_bias` are the longest lengths. Key and value have equal lengths. If they do not share one offsets tensor,
+    each call compares the lengths, for which a GPU waits; compiled code cannot compare them, and raises ValueError.
 
     Returns:
         out (B, H, L, Dv), whose memory order follows the query; or a tuple of out and what is asked for, in this order:
@@ -405,9 +406,7 @@ def _nested_attention(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if isinstance(x, Tensor) and x.dim() != 4:
             raise checks.fail(name, "a nested tensor (B, heads, length, head dim)", f"{x.dim()} dimensions")
-    q, k, v = (jagged.pack(name, x, 2) for name, x in (("query", query), ("key", key), ("value", value)))
-    if value.shape[2] != key.shape[2]:
-        raise checks.fail("value", "the offsets of key, the same tensor", "others")
+    q, k, v = jagged.pack_all(query, key, value, length_dim=2)
     result = fused_attention_varlen(
         q.rows, k.rows, v.rows, q.offsets.int(), k.offsets.int(), q.max_seqlen, k.max_seqlen,
         return_lse=return_lse, return_max=return_max, **others,

@@ -154,9 +154,10 @@ def can_read(x: Tensor) -> bool:
 
 
 def has_values(x: Tensor) -> bool:
-    """True if x has contents that a program may compare: one tensor, not on "meta", and no tracer records the call.
+    """True if x has contents that a program may compare: one tensor, not on "meta", and nothing records the call.
 
-    Modes that only watch, such as `FlopCounterMode`, and gradients of `torch.func` do not stand in the way.
+    Tracers and the capture of a CUDA graph record it. Modes that only watch, such as `FlopCounterMode`, and gradients
+    of `torch.func` do not stand in the way.
     """
     if torch.compiler.is_compiling() or x.is_meta or is_jit_tracing() or is_pre_dispatch():
         return False
@@ -164,6 +165,8 @@ def has_values(x: Tensor) -> bool:
         if is_batchedtensor(x):
             return False
         x = get_unwrapped(x)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     # Only torch's own tracers have a key: fake tensors, proxies and functional tensors. Modes that watch have none.
     is_traced = any(getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack())
     return not is_traced and not isinstance(x, FakeTensor)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
+from fused_attn import modes
+from fused_attn.attention import checks
+
 if TYPE_CHECKING:
     from torch.nested._internal.nested_tensor import NestedTensor
+
+#: How to make a value that shares the offsets tensor of key, for messages.
+_WITH_OFFSETS_OF_KEY = "make value with torch.nested.nested_tensor_from_jagged(rows, key.offsets())"
 
 
 class Packed(NamedTuple):
@@ -42,7 +50,50 @@ def is_nested(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
 
 
-def pack(name: str, x: Tensor, length_dim: int) -> Packed:
+def pack_all(query: Tensor, key: Tensor, value: Tensor, length_dim: int) -> tuple[Packed, Packed, Packed]:
+    """The rows of the nested tensors of one call, see `_pack`.
+
+    Args:
+        query, key, value: (B, ..., length, ...), jagged in dimension length_dim.
+
+    Raises:
+        TypeError: one of them is no nested tensor, or one of another layout.
+        ValueError: another dimension is jagged, there are gaps between the sequences, there are other numbers of
+            sequences, or the sequences of value are not as long as those of key.
+    """
+    q, k, v = (_pack(name, x, length_dim) for name, x in (("query", query), ("key", key), ("value", value)))
+    for name, x in (("key", key), ("value", value)):
+        if x.shape[0] != query.shape[0]:
+            raise checks.fail(name, f"as many sequences as query, {query.shape[0]}", x.shape[0])
+    # torch considers these two sizes equal if the offsets are the same tensor.
+    if value.shape[length_dim] != key.shape[length_dim]:
+        _check_equal_lengths(k.offsets, v.offsets)
+    return q, k, v
+
+
+def _check_equal_lengths(key_offsets: Tensor, value_offsets: Tensor) -> None:
+    """Raises ValueError unless the two offsets tensors (B + 1,) have the same contents, or if these cannot be read."""
+    if not (modes.has_values(key_offsets) and modes.has_values(value_offsets)):
+        expected = f"the offsets tensor of key, since two of them cannot be compared here ({_WITH_OFFSETS_OF_KEY})"
+        raise checks.fail("value", expected, "another one")
+    if not key_offsets.is_cpu:
+        _warn_of_waiting()
+    # The dtypes and the devices may differ. Other checks refuse a value on another device, and name the devices.
+    if not torch.equal(key_offsets, value_offsets.to(key_offsets)):
+        raise checks.fail("value", "sequences as long as those of key", "other lengths")
+
+
+@functools.cache
+def _warn_of_waiting() -> None:
+    """Warns once that the comparison of two offsets tensors waits for a device."""
+    warnings.warn(
+        "value: the nested tensors key and value have different offsets tensors. Comparing the contents waits for the "
+        f"device in every call. Instead, {_WITH_OFFSETS_OF_KEY}.",
+        stacklevel=2,
+    )
+
+
+def _pack(name: str, x: Tensor, length_dim: int) -> Packed:
     """The rows of a nested tensor, differentiable and without a copy.
 
     Args:

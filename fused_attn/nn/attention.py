@@ -314,7 +314,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         Two kinds of nested tensors (N, length, E) are accepted:
 
         - ``layout=torch.jagged``, for query, key and value, if batch_first is set. is_causal=True then means the causal
-          mask. need_weights must be False. Masks, ranges, caches and rotary embeddings are refused.
+          mask. need_weights must be False. Masks, ranges, caches and rotary embeddings are refused. See
+          `fused_attention` for the offsets of key and value.
         - ``layout=torch.strided``, if one tensor is query, key and value. torch's own encoder makes such a tensor of a
           padded one in eval mode. The module may have any options.
 
@@ -521,12 +522,9 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 
         The output is jagged, too: (N, length, E), with the lengths of the query.
         """
-        packed = [jagged.pack(name, x, 1) for name, x in (("query", query), ("key", key), ("value", value))]
+        q, k, v = jagged.pack_all(query, key, value, length_dim=1)
         is_self, shares_kv = query is key and key is value, key is value
-        if key.shape[1] != value.shape[1]:
-            raise checks.fail("value", "the offsets of key, the same tensor", "others")
-        q, k, _ = packed
-        query, key, value = (x.rows for x in packed)
+        query, key, value = q.rows, k.rows, v.rows
         projected = self._project(query, key, value, is_self, shares_kv)
         query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)  # (total, heads, D)
         out: Any = fused_attention_varlen(

@@ -59,9 +59,7 @@ def _can_look_at(mask: Tensor) -> bool:
     Traced graphs, captured ones and transforms cannot read values, and a mask on "meta" has none. A mask that requires
     grad must be used itself.
     """
-    if mask.requires_grad or not modes.has_values(mask):
-        return False
-    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not mask.requires_grad and modes.has_values(mask)
 
 
 def _is_causal(mask: Tensor, seqlen: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_attn import FusedMultiheadAttention, TransformerEncoderLayer, explain, fused_attention, t5_relative_bias
+from fused_attn.attention import jagged
 
 LENGTHS, OTHER_LENGTHS = (5, 1, 0, 9), (3, 4, 2, 7)
 HEADS, HEAD_DIM, EMBED_DIM = 4, 8, 32
@@ -136,6 +137,55 @@ def test_module(options: dict, is_causal: bool, backend: str, generator: torch.G
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("offsets_dtype", [torch.int64, torch.int32])
+def test_key_and_value_made_separately(offsets_dtype: torch.dtype, generator: torch.Generator) -> None:
+    """torch's SDPA takes them, too: their offsets are equal, although they are not one tensor."""
+    query, key = (nested(generator, lengths, HEADS, HEAD_DIM) for lengths in (LENGTHS, OTHER_LENGTHS))
+    value = nested(generator, OTHER_LENGTHS, HEADS, HEAD_DIM, like=key)
+    other = torch.nested.nested_tensor_from_jagged(value.rows, key.offsets().to(offsets_dtype, copy=True))
+    leaves = query.rows, key.rows, value.rows
+    expected, found = (heads(fused_attention(heads(query), heads(key), heads(x))).values() for x in (value, other))
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+    module = FusedMultiheadAttention(EMBED_DIM, HEADS, batch_first=True, dtype=torch.float64)
+    expected, found = (
+        module(*(y.flatten(-2) for y in (query, key, x)), need_weights=False)[0].values() for x in (value, other)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_code_needs_the_offsets_of_key(compiler: str, generator: torch.Generator) -> None:
+    """Nothing can be read in compiled code. The error says how to make the value, which works."""
+    torch.compiler.reset()
+    query, key, value = (nested(generator, LENGTHS, HEADS, HEAD_DIM).detach() for _ in range(3))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return heads(fused_attention(heads(query), heads(key), heads(value)))
+
+    compiled = torch.compile(attend, backend=compiler, fullgraph=True)
+    advice = r"torch\.nested\.nested_tensor_from_jagged\(rows, key\.offsets\(\)\)"
+    with pytest.raises(Exception, match=f"value: expected the offsets tensor of key.*{advice}"):
+        compiled(query, key, value)
+    shared = torch.nested.nested_tensor_from_jagged(value.values(), key.offsets())
+    torch.testing.assert_close(compiled(query, key, shared).values(), attend(query, key, value).values())
+
+
+def test_a_comparison_that_waits_warns_once(monkeypatch, generator: torch.Generator, recwarn) -> None:
+    query, key, value = (nested(generator, LENGTHS, HEADS, HEAD_DIM) for _ in range(3))
+    jagged.pack_all(query, key, value, length_dim=1)
+    assert not recwarn, "a CPU does not wait"
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)  # as on a device
+    jagged._warn_of_waiting.cache_clear()
+    with pytest.warns(UserWarning, match="waits for the device.*nested_tensor_from_jagged"):
+        jagged.pack_all(query, key, value, length_dim=1)
+    jagged.pack_all(query, key, value, length_dim=1)
+    assert not recwarn
+
+
 def test_an_encoder_layer_trains_on_nested_tensors(generator: torch.Generator) -> None:
     torch.manual_seed(0)
     layer = TransformerEncoderLayer(EMBED_DIM, HEADS, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
@@ -202,7 +252,7 @@ def test_autocast_and_dropout(generator: torch.Generator) -> None:
 @pytest.mark.quick
 def test_errors(generator: torch.Generator) -> None:
     x = nested(generator, LENGTHS, HEADS, HEAD_DIM)
-    other = nested(generator, OTHER_LENGTHS, HEADS, HEAD_DIM)
+    other, three = nested(generator, OTHER_LENGTHS, HEADS, HEAD_DIM), nested(generator, (5, 9, 2), HEADS, HEAD_DIM)
     no_heads, dense = nested(generator, LENGTHS, HEAD_DIM), torch.randn(4, HEADS, 9, HEAD_DIM)
     mask = torch.ones(4, 9, dtype=torch.bool)
     strided = torch.nested.nested_tensor([torch.randn(2, HEADS, HEAD_DIM), torch.randn(3, HEADS, HEAD_DIM)])
@@ -210,7 +260,9 @@ def test_errors(generator: torch.Generator) -> None:
         (TypeError, "key: expected a nested tensor.*got a dense one", (heads(x), dense, heads(x))),
         (TypeError, "query: expected.*layout=torch.jagged", (strided,) * 3),
         (ValueError, "query: expected lengths that differ in dimension 2", (x, x, x)),
-        (ValueError, "value: expected the offsets of key", (heads(x), heads(x), heads(other))),
+        (ValueError, "value: expected sequences as long as those of key", (heads(x), heads(x), heads(other))),
+        (ValueError, "key: expected as many sequences as query, 4, got 3", (heads(x), heads(three), heads(three))),
+        (ValueError, "value: expected as many sequences as query, 4, got 3", (heads(x), heads(x), heads(three))),
         (ValueError, "query: expected a nested tensor .B, heads, length, head dim", (no_heads,) * 3),
         (ValueError, "attn_mask: expected None with nested tensors", (*(heads(x),) * 3, mask)),
     ):
@@ -263,7 +315,7 @@ def test_errors_of_the_module(generator: torch.Generator) -> None:
         module = FusedMultiheadAttention(EMBED_DIM, HEADS, **{"batch_first": True} | options)
         with pytest.raises(ValueError, match=f"query: expected a dense tensor.*{next(iter(options))}"):
             module(x, x, x, need_weights=False)
-    with pytest.raises(ValueError, match="value: expected the offsets of key"):
+    with pytest.raises(ValueError, match="value: expected sequences as long as those of key, got other lengths"):
         module = FusedMultiheadAttention(EMBED_DIM, HEADS, batch_first=True, dtype=torch.float64)
         module(x, x, nested(generator, OTHER_LENGTHS, EMBED_DIM), need_weights=False)
 
