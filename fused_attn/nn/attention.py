@@ -16,7 +16,7 @@ from torch.overrides import has_torch_function_variadic
 from fused_attn.api import fused_attention, fused_attention_paged, fused_attention_varlen
 from fused_attn.attention import checks, jagged
 from fused_attn.attention.dropout import draw_seed
-from fused_attn.nn import native_attention, native_linear
+from fused_attn.nn import native_attention, native_linear, strided
 from fused_attn.nn.arguments import (
     accepts,
     batch_layout,
@@ -316,8 +316,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         - ``layout=torch.jagged``, for query, key and value, if batch_first is set. is_causal=True then means the causal
           mask. need_weights must be False. Masks, ranges, caches and rotary embeddings are refused. See
           `fused_attention` for the offsets of key and value.
-        - ``layout=torch.strided``, if one tensor is query, key and value. torch's own encoder makes such a tensor of a
-          padded one in eval mode. The module may have any options.
+        - ``layout=torch.strided``, if one tensor is query, key and value, and batch_first is set. torch's own encoder
+          makes such a tensor of a padded one in eval mode. The module may have all other options. is_causal=True means
+          the causal mask. The weights are dense, and zero where the query or the key does not exist. Masks, ranges and
+          caches are refused.
 
         Returns:
             out: the shape of query, with E features.
@@ -348,10 +350,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if not self.num_heads or self.embed_dim % self.num_heads or self.num_heads % self._group_size:
             check_heads(self)
         if jagged.is_nested(query, key, value):
-            is_strided = query is key and key is value and query.layout == torch.strided
-            check_nested(self, key_padding_mask, need_weights, attn_mask, key_ranges, cache, is_strided)
-            if is_strided:
-                return self._strided_forward(query, is_causal), None
+            is_padded = query is key and key is value and strided.is_strided(query)
+            check_nested(self, key_padding_mask, need_weights, attn_mask, key_ranges, cache, is_padded)
+            if is_padded:
+                return self._strided_forward(query, is_causal, need_weights, average_attn_weights)
             return self._nested_forward(query, key, value, is_causal), None
         check_inputs(self, query, key, value, key_padding_mask, attn_mask)
         is_self = query is key and key is value
@@ -537,19 +539,19 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         )  # fmt: skip
         return q.like(self.out_proj(out.flatten(-2)))
 
-    def _strided_forward(self, x: Tensor, is_causal: bool) -> Tensor:
+    def _strided_forward(
+        self, x: Tensor, is_causal: bool, need_weights: bool, average_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The self-attention of x, a nested tensor (N, length, E); the output has the same layout and shape.
 
         The method calls `forward` with a padded copy of x, because all options of the module work with padded tensors.
         """
-        rows = list(x.unbind())
-        lengths = [row.shape[0] for row in rows]
-        # to_padded_tensor would refuse a batch in which all sequences have length 0.
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        positions = torch.arange(padded.shape[1], device=x.device)
-        is_padding = positions >= torch.tensor(lengths, device=x.device)[:, None]
-        out, _ = self.forward(padded, padded, padded, is_padding, need_weights=False, is_causal=is_causal)
-        return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths, strict=True)])
+        rows, is_padding, lengths = strided.pad(x)
+        out, weights = self.forward(rows, rows, rows, is_padding, need_weights, None, average_weights, is_causal)
+        if weights is not None:
+            is_missing = is_padding if average_weights else is_padding[:, None]
+            weights = weights.masked_fill(is_missing[..., None], 0.0)
+        return strided.unpad(out, lengths), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, is_self: bool, shares_kv: bool) -> tuple[Tensor, ...]:
         """The projections of query (..., E), key (..., kdim) and value (..., vdim).

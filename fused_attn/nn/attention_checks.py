@@ -16,9 +16,12 @@ from fused_attn.nn.self_attention_cache import SlidingSelfAttentionCache, Static
 
 
 def check_nested(
-    module: Any, key_padding_mask, need_weights: bool, attn_mask, key_ranges, cache, is_strided: bool
+    module: Any, key_padding_mask, need_weights: bool, attn_mask, key_ranges, cache, is_padded: bool
 ) -> None:
-    """Raises ValueError if an argument or an option needs dense tensors."""
+    """Raises ValueError if an argument or an option needs dense tensors.
+
+    is_padded: the call computes with padded copies of the nested tensors
+    """
     for name, argument in (
         ("key_padding_mask", key_padding_mask),
         ("attn_mask", attn_mask),
@@ -27,12 +30,12 @@ def check_nested(
     ):
         if argument is not None:
             raise checks.fail(name, "None with nested tensors", f"a {type(argument).__name__}")
-    if need_weights:
+    if need_weights and not is_padded:
         raise checks.fail("need_weights", "False with nested tensors, whose weights have no common shape", "True")
     for option, is_set in (
         ("batch_first=False", not module.batch_first),
-        ("add_bias_kv or add_zero_attn", module._num_appended > 0 and not is_strided),
-        ("rotary", module.rotary is not None and not is_strided),
+        ("add_bias_kv or add_zero_attn", module._num_appended > 0 and not is_padded),
+        ("rotary", module.rotary is not None and not is_padded),
     ):
         if is_set:
             raise checks.fail("query", f"a dense tensor in a module with {option}", "a nested tensor")
