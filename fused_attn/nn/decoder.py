@@ -34,6 +34,7 @@ from fused_attn.nn.layer_checks import (
     check_hint,
     check_layer,
     check_layer_cache,
+    check_layout,
     check_memory,
     check_ranges,
     check_stack,
@@ -316,7 +317,8 @@ class TransformerDecoder(nn.TransformerDecoder):
 
         Raises:
             AssertionError, RuntimeError: tgt, memory or a mask does not fit, see `FusedMultiheadAttention`.
-            TypeError: the cache is no `KVCache`, or ranges are no int32 tensor.
+            TypeError: the cache is no `KVCache`, ranges are no int32 tensor, or tgt or memory is a nested tensor with
+                layout=torch.strided.
             ValueError: the cache has another number of layers, the cache was filled with another memory, the ranges do
                 not fit, or a layer takes no cache or no ranges.
         """
@@ -331,6 +333,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         check_decoder_masks(tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, memory_is_causal)
         check_compared("tgt_mask", tgt_mask)
         check_hint("tgt_is_causal", tgt_is_causal)
+        check_layout(tgt=tgt, memory=memory)
         ranges = given(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
         check_takes_ranges(self, **ranges)
         seqlen = seqlen_of(tgt, self.layers)

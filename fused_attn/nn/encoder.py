@@ -9,13 +9,12 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_variadic
 
 from fused_attn.attention import checks
-from fused_attn.nn import native_layer
+from fused_attn.nn import native_layer, strided
 from fused_attn.nn.arguments import accepts, given, runs_methods_of
 from fused_attn.nn.attention import AttentionCache, FusedMultiheadAttention
 from fused_attn.nn.layer_blocks import (
@@ -31,6 +30,7 @@ from fused_attn.nn.layer_checks import (
     check_hint,
     check_layer,
     check_layer_cache,
+    check_nested_source,
     check_ranges,
     check_stack,
     check_takes_ranges,
@@ -253,10 +253,14 @@ class TransformerEncoder(nn.TransformerEncoder):
             cache: keys and values of the rows so far. The layers are then causal without a mask: a model that sees no
                 memory, such as GPT, decodes step by step.
 
+        src may be a nested tensor (N, length, E) of either layout, if batch_first is set. The output is then nested,
+        too. The other arguments except is_causal must be None.
+
         Raises:
-            AssertionError: src is a nested tensor with layout=torch.strided, or src or a mask does not fit.
-            RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
-            TypeError, ValueError: src_key_ranges or the cache does not fit, or a layer takes none.
+            AssertionError, RuntimeError: src or a mask does not fit, see `FusedMultiheadAttention`.
+            TypeError: src or a mask is no tensor, or src_key_ranges or the cache has the wrong type.
+            ValueError: src_key_ranges or the cache does not fit, or a layer takes none; or src is nested, and comes
+                with a mask, ranges or a cache.
         """
         if has_torch_function_variadic(src):
             options = given(src_key_ranges=src_key_ranges, cache=cache)
@@ -267,9 +271,13 @@ class TransformerEncoder(nn.TransformerEncoder):
         checks.check_tensors(mask=mask, src_key_padding_mask=src_key_padding_mask)
         check_compared("mask", mask)
         check_hint("is_causal", is_causal)
-        if src.is_nested and src.layout is torch.strided:
-            expected = "a padded tensor with a src_key_padding_mask, or a nested tensor with layout=torch.jagged"
-            raise AssertionError(f"src: expected {expected}, got one with layout=torch.strided")
+        if strided.is_strided(src):
+            others = {"mask": mask, "src_key_padding_mask": src_key_padding_mask}
+            check_nested_source(self, **others, src_key_ranges=src_key_ranges, cache=cache)
+            rows, is_padding, lengths = strided.pad(src)
+            # The forward of a subclass has already run up to here.
+            out = TransformerEncoder.forward(self, rows, None, is_padding, is_causal)
+            return strided.unpad(out, lengths)
         ranges = given(src_key_ranges=src_key_ranges)
         check_takes_ranges(self, **ranges)
         seqlen = seqlen_of(src, self.layers)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fused_attn.attention import checks
 from fused_attn.attention.causal_bias import causal_bias
+from fused_attn.nn import strided
 from fused_attn.nn.arguments import accepts, batch_layout, check_divides, check_mask_dtype, check_sizes
 from fused_attn.nn.attention import FusedMultiheadAttention
 from fused_attn.nn.attention_mask import ranges_of_heads
@@ -120,6 +121,26 @@ def check_ranges(name: str, ranges: Tensor, query: Tensor, block: Callable, atte
     if query.is_nested:
         raise checks.fail(name, "None with nested tensors", "a tensor")
     ranges_of_heads(name, ranges, query, attention)
+
+
+def check_nested_source(stack: Any, **others: object) -> None:
+    """Raises ValueError if an encoder cannot take a nested tensor src (N, length, E), because of its layers or others.
+
+    others: the arguments that need a dense src, by their names
+    """
+    for name, argument in others.items():
+        if argument is not None:
+            raise checks.fail(name, "None with a nested tensor", f"a {type(argument).__name__}")
+    if not stack.layers[0].self_attn.batch_first:
+        raise checks.fail("src", "a dense tensor in layers with batch_first=False", "a nested tensor")
+
+
+def check_layout(**inputs: Tensor) -> None:
+    """Raises TypeError if an input of a decoder is a nested tensor with ``layout=torch.strided``."""
+    for name, x in inputs.items():
+        if strided.is_strided(x):
+            expected = "a dense tensor, or a nested one with layout=torch.jagged"
+            raise TypeError(f"{name}: expected {expected}, got one with layout=torch.strided")
 
 
 def check_takes_ranges(stack: nn.Module, **ranges: Tensor) -> None:

@@ -24,6 +24,7 @@ from fused_attn.nn.layer_checks import (
     check_compared,
     check_decoder_masks,
     check_hint,
+    check_layout,
     check_module,
     check_takes_ranges,
 )
@@ -127,7 +128,8 @@ class Transformer(nn.Transformer):
             AssertionError: an input or a mask does not fit, see `FusedMultiheadAttention`.
             RuntimeError: src and tgt have different batch sizes, or a hint such as tgt_is_causal=True comes without its
                 mask.
-            TypeError, ValueError: ranges of keys do not fit, or a layer takes none.
+            TypeError: src or tgt is a nested tensor with layout=torch.strided, or ranges of keys are no int32 tensor.
+            ValueError: ranges of keys do not fit, or a layer takes none.
         """
         of_encoder = given(src_key_ranges=src_key_ranges)
         of_decoder = given(tgt_key_ranges=tgt_key_ranges, memory_key_ranges=memory_key_ranges)
@@ -145,6 +147,7 @@ class Transformer(nn.Transformer):
         check_compared("tgt_mask", tgt_mask)
         check_hint("src_is_causal", src_is_causal)
         check_hint("tgt_is_causal", tgt_is_causal)
+        check_layout(src=src, tgt=tgt)
         batch_dim = 0 if self.batch_first else 1
         if src.dim() == tgt.dim() == 3 and src.shape[batch_dim] != tgt.shape[batch_dim]:
             raise RuntimeError(

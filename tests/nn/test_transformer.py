@@ -383,13 +383,6 @@ def test_caches_of_another_kind_raise() -> None:
         layer(x, x, cache=KVCache(1))
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
-def test_an_encoder_names_a_nested_input() -> None:
-    src = torch.nested.nested_tensor([torch.randn(2, E), torch.randn(3, E)])
-    with pytest.raises(AssertionError, match="src: expected a padded tensor"):
-        fused.TransformerEncoder(fused.TransformerEncoderLayer(**SIZES, batch_first=True), 1)(src)
-
-
 def test_an_encoder_takes_jagged_tensors() -> None:
     encoder = fused.TransformerEncoder(fused.TransformerEncoderLayer(**SIZES, batch_first=True), 2)
     rows = [torch.randn(length, E) for length in (5, 9, 2)]
