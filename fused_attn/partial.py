@@ -245,14 +245,17 @@ def backward(
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Joins the parts of the same queries over different keys. Differentiable.
 
-    Each part weighs exp(lse of the part - lse of the whole row).
+    Each part weighs exp(lse of the part - lse of the whole row). The parts may come from `fused_attention`, too, with
+    ``return_lse=True``. Those of packed rows are out (total, H, Dv) and lse (H, total): pass ``lse.t()``. If total is
+    H, no check can find a forgotten ``lse.t()``.
 
     Args:
-        outs: (B, H, L, Dv) of each part.
-        lses: (B, H, L) of each part; -inf for rows that saw no key of the part.
+        outs: (B, H, L, Dv) of each part, or (..., Dv).
+        lses: (B, H, L) of each part, or (...); -inf for rows that saw no key of the part.
 
     Returns:
-        out (B, H, L, Dv) and lse (B, H, L) of the whole. A row that saw no key in any part has out 0 and lse -inf.
+        out (B, H, L, Dv) and lse (B, H, L) of the whole. A row that saw no key in any part has out 0 and lse -inf. out
+        has the dtype of outs and lses together, so it is float32 for parts in bfloat16.
 
     Raises:
         ValueError: there are no parts, as many outs as lses were expected, or a shape does not fit.
@@ -261,7 +264,7 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         raise checks.fail("lses", f"one for each of the outs, and at least one; there are {len(outs)} outs", len(lses))
     for i, (part, lse) in enumerate(zip(outs, lses, strict=True)):
         _check_shape(f"outs[{i}]", part, outs[0].shape)
-        _check_shape(f"lses[{i}]", lse, outs[0].shape[:-1])
+        _check_shape(f"lses[{i}]", lse, outs[0].shape[:-1], " (of packed rows, pass lse.t())")
     each = torch.stack(tuple(lses))  # (parts, B, H, L)
     row_max = each.detach().amax(0)
     is_empty = row_max == float("-inf")
@@ -280,10 +283,21 @@ def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
 
     A row that saw no key keeps out 0 and lse -inf, as in `fused_attention`.
 
+    Args:
+        out: (B, H, L, Dv). Of packed rows (total, H, Dv), pass ``out.transpose(0, 1)[None]``.
+        lse: (B, H, L). Of packed rows (H, total), pass ``lse[None]``; after `merge`, ``lse.t()[None]``.
+        sinks: (H,).
+
+    Returns:
+        out (B, H, L, Dv) and lse (B, H, L).
+
     Raises:
         ValueError: a shape does not fit.
     """
-    _check_shape("lse", lse, out.shape[:-1])
+    if out.dim() != 4:
+        of_packed = " (of packed rows, pass out.transpose(0, 1)[None], and lse as (1, H, total))" * (out.dim() == 3)
+        raise checks.fail("out", "shape (B, H, L, Dv)", f"shape {tuple(out.shape)}{of_packed}")
+    _check_shape("lse", lse, out.shape[:-1], " (pass lse as (1, H, total), too)")
     _check_shape("sinks", sinks, out.shape[1:2])
     is_empty = lse == float("-inf")
     sink = sinks.to(lse.dtype)[:, None]
@@ -292,10 +306,14 @@ def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]
     return out * weight.unsqueeze(-1), joined.masked_fill(is_empty, float("-inf"))
 
 
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Checks the shape of one of the results of parts. Without the check, a dimension of 1 would broadcast."""
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], if_transposed: str = "") -> None:
+    """Checks the shape of one of the results of parts. Without the check, a dimension of 1 would broadcast.
+
+    if_transposed: added to the message if the last two dimensions are exchanged
+    """
     if x.shape != shape:
-        raise checks.fail(name, f"shape {tuple(shape)}", f"shape {tuple(x.shape)}")
+        is_transposed = x.dim() >= 2 and x.mT.shape == shape
+        raise checks.fail(name, f"shape {tuple(shape)}", f"shape {tuple(x.shape)}{if_transposed * is_transposed}")
 
 
 def check_rank_4(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -290,6 +290,28 @@ def test_merge_errors() -> None:
         join_sinks(x, lse, torch.zeros(1))
 
 
+def test_results_of_packed_rows(generator: torch.Generator) -> None:
+    """They are merged with lse.t(). The errors say so, also where a wrong result would have the right shape."""
+    query, key, value = torch.randn(3, 7, 2, 8, generator=generator).unbind()
+    offsets, sinks = torch.tensor([0, 3, 7], dtype=torch.int32), torch.randn(2, generator=generator)
+    lengths = offsets, offsets, 4, 4
+    out, lse = fused_attention_varlen(query, key, value, *lengths, return_lse=True)
+    with pytest.raises(ValueError, match=r"lses\[0\]: .* got shape \(2, 7\) \(of packed rows, pass lse.t\(\)\)"):
+        merge([out], [lse])
+    merged, merged_lse = merge([out], [lse.t()])
+    torch.testing.assert_close(merged, out)
+    for rows in (slice(None), slice(2)):  # two rows of two heads
+        with pytest.raises(ValueError, match=r"out: .* \(of packed rows, pass out.transpose\(0, 1\)\[None\]"):
+            join_sinks(merged[rows], merged_lse[rows], sinks)
+    out = merged.transpose(0, 1)[None]
+    with pytest.raises(ValueError, match=r"lse: .* \(pass lse as \(1, H, total\), too\)"):
+        join_sinks(out, merged_lse[None], sinks)
+    joined, joined_lse = join_sinks(out, merged_lse.t()[None], sinks)
+    wanted, wanted_lse = fused_attention_varlen(query, key, value, *lengths, sinks=sinks, return_lse=True)
+    torch.testing.assert_close(joined[0].transpose(0, 1), wanted)
+    torch.testing.assert_close(joined_lse[0], wanted_lse)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
