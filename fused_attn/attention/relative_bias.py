@@ -88,6 +88,9 @@ def check_buckets(name: str, num_buckets: int, bidirectional: bool, max_distance
 def alibi_bias(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
     """ALiBi's linear penalty ``-slope * |i - j|`` (Press et al., 2022), differentiable in the slopes.
 
+    The distances count from the upper left. flash_attn counts them from the lower right, as ``|i + S - L - j|``. For
+    that, exchange the lengths: ``alibi_bias(slopes, S, L)``.
+
     Args:
         slopes: (H,).
         seqlen_q: L.
