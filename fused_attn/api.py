@@ -50,7 +50,8 @@ def fused_attention(
     The first eight arguments are those of `torch.nn.functional.scaled_dot_product_attention`, with the same meaning.
 
     Args:
-        query: (B, H, L, D). Any batch rank: (L, D), (H, L, D) and (..., H, L, D) work too.
+        query: (B, H, L, D). Any batch rank: (L, D), (H, L, D) and (..., H, L, D) work too. B in the shapes below is
+            the batch shape: a key_padding_mask is (S,) for a query (H, L, D), and key_lengths are ().
         key: (B, H, S, D), or (B, Hkv, S, D) with ``enable_gqa``.
         value: (B, H, S, Dv), or (B, Hkv, S, Dv) with ``enable_gqa``.
         attn_mask: broadcastable to (B, H, L, S). Bool: True = attend. Floating point: added to the scores, and
@@ -93,7 +94,8 @@ def fused_attention(
         return_max: also return the largest score of each row. On an NVIDIA GPU, this can make the forward pass slower.
         backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; default: the first that can run, the
             reference last. A backend that is named here runs, or the call raises ValueError with the reasons why it
-            cannot. `explain` lists the reasons of all backends.
+            cannot. `explain` lists the reasons of all backends. Second derivatives and forward-mode differentiation
+            run the reference, whatever is named.
 
     Query, key and value may be nested tensors (B, H, length, D) with ``layout=torch.jagged``. Masks are refused then,
     because such sequences have no padding. No sequence sees another one, as in `fused_attention_varlen`. The L and S of
