@@ -727,8 +727,8 @@ BUGS = [
         "row_max = @ ? softmax[m].reference[r] * p.softmax_scale : maxima[m].of_row(r, p.softmax_scale);",
     ),
     Bug(
-        "max-of-one-thread", 90, "max", "softmax.h",
-        "return row_maximum(value[r]) * scale;", "return (@ ? value[r] : row_maximum(value[r])) * scale;",
+        "max-of-half-of-the-threads", 90, "max", "softmax.h",
+        "shuffle_xor(of_pair, 2)) * scale;", "@ ? value[r] : shuffle_xor(of_pair, 2)) * scale;",
     ),
     Bug(
         "half-of-the-sink-sums-lost", 90, "sinks", "bias_gradient.h",
