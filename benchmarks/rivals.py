@@ -67,24 +67,24 @@ class Rival(NamedTuple):
 
     prepare: raises an exception of any class if the implementation cannot compute the case
     packages: the packages that may bring the implementation; a row has the version of the installed one
-    other: another way to call it, which may take less time and more memory
+    others: other ways to call it, which may take less time and more memory
     is_for: whether the implementation is meant for a case
     """
 
     prepare: Callable[[Inputs], Prepared]
     packages: tuple[str, ...]
-    other: Callable[[Inputs], Prepared] | None = None
+    others: tuple[Callable[[Inputs], Prepared], ...] = ()
     is_for: Callable[[Case], bool] = lambda case: True
 
 
 def fastest(name: str, inputs: Inputs) -> Prepared:
-    """An implementation, prepared in that of its two ways whose call takes less time.
+    """An implementation, prepared in that of its ways whose call takes the least time.
 
-    If neither way can compute the case, the exception of the first way is raised.
+    If no way can compute the case, the exception of the first way is raised.
     """
     rival = RIVALS[name]
     ways, errors = [], []
-    for prepare in filter(None, (rival.prepare, rival.other)):
+    for prepare in (rival.prepare, *rival.others):
         try:
             ways.append(prepare(inputs))
         except Exception as error:  # Packages raise exceptions of any class.
@@ -96,13 +96,17 @@ def fastest(name: str, inputs: Inputs) -> Prepared:
 
 def _seconds(prepared: Prepared, inputs: Inputs) -> float:
     """The time of one call; infinite if the call fails. The later check reports the failure."""
-    timer = timing.timer_for(inputs.device, waits=True)
     try:
-        call = call_of(prepared, inputs)
-        first = timer.seconds(call, 1)
-        return first if first > LONG_CALL else min(timer.seconds(call, 1) for _ in range(3))
+        return seconds_of(call_of(prepared, inputs), inputs.device)
     except Exception:
         return float("inf")
+
+
+def seconds_of(call: timing.Call, device: torch.device) -> float:
+    """The time by which one of several ways to call an implementation is chosen."""
+    timer = timing.timer_for(device, waits=True)
+    first = timer.seconds(call, 1)
+    return first if first > LONG_CALL else min(timer.seconds(call, 1) for _ in range(3))
 
 
 def call_of(prepared: Prepared, inputs: Inputs) -> Callable[[], Any]:
@@ -272,6 +276,21 @@ def _torch(inputs: Inputs, backend: str | None = None, has_float_mask: bool = Fa
     return _sdpa(inputs, backend, leaves, options, given)
 
 
+def _torch_grouped(inputs: Inputs, backend: str | None = None) -> Prepared:
+    """F.scaled_dot_product_attention of single queries whose heads share key heads. The heads of a group become rows
+    of one head, which is a view. torch need not repeat the keys then, as some of its kernels do with `enable_gqa`."""
+    case = inputs.case
+    if case.kv_heads == case.heads or case.seqlen_q != 1 or case.mask != "decode":
+        raise Cannot("no heads of single queries share key heads")
+
+    def grouped(x: Tensor) -> Tensor:
+        return x.reshape(case.batch, case.kv_heads, -1, x.shape[-1])
+
+    given = f"heads as rows {tuple(grouped(inputs.query).shape)}"
+    plain = _sdpa(inputs, backend, inputs.leaves, {}, given, grouped)
+    return plain._replace(forward=lambda: plain.forward().view(case.batch, case.heads, 1, case.value_dim))
+
+
 def _torch_causal_only(inputs: Inputs) -> Prepared:
     """A causal mask without the padding mask, as in many decoders. The padding stands at the end of a sequence, so no
     valid query sees it, and the loss leaves out the rows of padding."""
@@ -279,10 +298,18 @@ def _torch_causal_only(inputs: Inputs) -> Prepared:
 
 
 def _sdpa(
-    inputs: Inputs, backend: str | None, leaves: dict[str, Tensor], options: dict[str, Any], given: str
-) -> Prepared:
-    """F.scaled_dot_product_attention with these options, on a backend by name or on the one that torch chooses."""
-    chosen = partial(scaled_dot_product_attention, *inputs.qkv, **options)
+    inputs: Inputs, backend: str | None, leaves: dict[str, Tensor], options: dict[str, Any], given: str,
+    view: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Prepared:  # fmt: skip
+    """F.scaled_dot_product_attention with these options, on a backend by name or on the one that torch chooses.
+
+    view: of the query, before each call
+    """
+
+    def chosen() -> Tensor:
+        query, key, value = inputs.qkv
+        return scaled_dot_product_attention(view(query), key, value, **options)
+
     if backend is None:
         return Prepared(chosen, leaves, given)
 
@@ -401,8 +428,7 @@ FLASH = {
 
 def _flash_package(inputs: Inputs, generation: int) -> ModuleType:
     """The installed module of a generation. Raises Cannot if the module has no function for the case."""
-    modules = FLASH[generation]
-    found = next((one for one in modules if _is_installed(one.module)), modules[0])
+    found = flash_module(generation)
     package = importlib.import_module(found.module)
     if inputs.case.direction != "forward" and not found.has_backward:
         raise Cannot(f"{found.package} has the forward alone")
@@ -411,6 +437,12 @@ def _flash_package(inputs: Inputs, generation: int) -> ModuleType:
     if inputs.case.mask in DENSE_MASKS:
         raise Cannot("it has no dense mask")
     return package
+
+
+def flash_module(generation: int) -> FlashModule:
+    """The first installed module of a generation; the first of all if none is installed."""
+    modules = FLASH[generation]
+    return next((one for one in modules if _is_installed(one.module)), modules[0])
 
 
 def _is_installed(module: str) -> bool:
@@ -520,7 +552,8 @@ def _is_padded(case: Case) -> bool:
 
 
 def _backend_of_torch(backend: str | None) -> Rival:
-    return Rival(partial(_torch, backend=backend), ("torch",), partial(_torch, backend=backend, has_float_mask=True))
+    others = partial(_torch, backend=backend, has_float_mask=True), partial(_torch_grouped, backend=backend)
+    return Rival(partial(_torch, backend=backend), ("torch",), others)
 
 
 RIVALS: dict[str, Rival] = {
@@ -536,7 +569,7 @@ RIVALS: dict[str, Rival] = {
     "flex": Rival(_flex, ("torch",)),
     **{f"flash_attn{n}": Rival(partial(_flash, generation=n), _packages_of(n)) for n in FLASH},
     **{
-        f"flash_attn{n}-packed": Rival(partial(_flash_packed, generation=n), _packages_of(n), None, _is_padded)
+        f"flash_attn{n}-packed": Rival(partial(_flash_packed, generation=n), _packages_of(n), (), _is_padded)
         for n in (3, 4)
     },
     # torch-math is the last, because it needs the most memory: `timing.measure_those_that_can` drops the last one.

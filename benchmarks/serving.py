@@ -4,7 +4,8 @@ In a step, some sequences read their prompt, or a part of it, and the others get
 and keys each sequence has. Ours is one call with packed queries. The rivals:
 
 - ours with a call for each sequence
-- torch: for each sequence, its pages are gathered, and `scaled_dot_product_attention` gets a lower-right causal mask
+- torch: for each sequence, its pages are gathered, and `scaled_dot_product_attention` gets a lower-right causal mask;
+  the heads of a single query that share a key head become rows of one head if torch is faster so
 - FlashAttention-3 with packed queries and the same pages (on a GPU)
 """
 
@@ -14,6 +15,7 @@ import copy
 import importlib
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import accuracy, timing
 from benchmarks.conventions import OURS
 from benchmarks.inputs import DTYPES
-from benchmarks.rivals import reason
+from benchmarks.rivals import flash_module, reason, seconds_of
 from benchmarks.rows import Row
 from fused_attn import fused_attention_paged
 
@@ -93,7 +95,8 @@ class Step:
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 
-    def torch(self) -> Tensor:
+    def torch(self, is_grouped: bool = False) -> Tensor:
+        """is_grouped: the heads of a single query that share a key head become rows of one head, which is a view"""
         outs = []
         for n, query in enumerate(self.query.split(self.mix.queries)):
             count = self.mix.keys[n]
@@ -102,12 +105,16 @@ class Step:
             # One query sees all keys. Without a mask, torch has more kernels to choose from.
             mask = causal_lower_right(query.shape[0], count) if query.shape[0] > 1 else None
             query = query.transpose(0, 1)[None]
-            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+            if is_grouped and mask is None:
+                rows = query.view(1, key.shape[1], GROUP, HEAD_DIM)
+                out = scaled_dot_product_attention(rows, key, value).view(query.shape)
+            else:
+                out = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 
     def flash(self) -> Tensor:
-        module = importlib.import_module("fa3_fwd_interface")
+        module = importlib.import_module(flash_module(3).module)
         out = module.flash_attn_with_kvcache(
             self.query, self.keys, self.values, cache_seqlens=self.lengths, page_table=self.table,
             cu_seqlens_q=self.offsets, max_seqlen_q=max(self.mix.queries), causal=True,
@@ -119,6 +126,16 @@ class Step:
         wide = copy.copy(self)
         wide.query, wide.keys, wide.values = (x.double() for x in (self.query, self.keys, self.values))
         return wide.torch()
+
+
+def _torch_ways(step: Step) -> dict[str, timing.Call]:
+    """The ways to call torch, by what it is given."""
+    ways: dict[str, timing.Call] = {"enable_gqa": step.torch}
+    if 1 in step.mix.queries:
+        ways[f"heads of single queries as rows {(1, step.mix.heads // GROUP, GROUP, HEAD_DIM)}"] = partial(
+            step.torch, is_grouped=True
+        )
+    return ways
 
 
 #: Times calls in turns, and adds the times to their rows.
@@ -142,7 +159,9 @@ def serving_rows(name: str, mix: Mix, device: torch.device, dtype: str, measure:
         "kv_heads": mix.heads // GROUP, "head_dim": HEAD_DIM, "page_size": PAGE_SIZE, "queries": sum(mix.queries),
         "keys": sum(mix.keys), "dtype": dtype,
     }  # fmt: skip
-    calls: dict[str, timing.Call] = {OURS: step.ours, EACH: step.each, TORCH: step.torch}
+    ways = _torch_ways(step)
+    torch_given = min(ways, key=lambda given: seconds_of(ways[given], device))
+    calls: dict[str, timing.Call] = {OURS: step.ours, EACH: step.each, TORCH: ways[torch_given]}
     if device.type == "cuda":
         calls[FLASH] = step.flash
     rows: dict[str, Row] = {}

@@ -510,6 +510,50 @@ def test_a_rival_is_given_the_mask_that_is_faster_for_it(faster: torch.dtype, mo
     assert rivals.fastest("torch", Inputs(small("causal"))).given == "is_causal"
 
 
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_torch_is_given_shared_heads_in_the_form_that_is_faster_for_it(
+    is_grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One query whose heads share key heads: with `enable_gqa`, or with the heads of a group as rows of one head."""
+    calls = []
+
+    def seconds(call, device) -> float:
+        calls.clear()
+        call()
+        return 1.0 if ("enable_gqa" in calls[0]) != is_grouped else 2.0
+
+    def spy(*args, **options):
+        calls.append(options)
+        return torch.nn.functional.scaled_dot_product_attention(*args, **options)
+
+    for module in (rivals, serving):
+        monkeypatch.setattr(module, "seconds_of", seconds)
+        monkeypatch.setattr(module, "scaled_dot_product_attention", spy)
+    inputs = Inputs(generation.CacheCase(2, 8, 40, 16, "decode", "float32", "forward", group=4))
+    prepared = rivals.fastest("torch", inputs)
+    assert prepared.given == ("heads as rows (2, 2, 4, 16)" if is_grouped else "enable_gqa")
+    reference = Reference(inputs)
+    assert reference.is_right(reference.error(rivals.results_of(prepared, inputs)))
+    measured = {}
+    mix = serving.QUICK_MIXES["cpu"]["tokens"]
+    found = serving.serving_rows(
+        "tokens", mix, torch.device("cpu"), "float32", lambda rows, calls: measured.update(calls)
+    )
+    assert all(row["is_right"] for row in found)
+    calls.clear()
+    measured["torch"]()
+    assert [("enable_gqa" in options) != is_grouped for options in calls] == [True] * 3
+
+
+def test_a_step_over_pages_calls_the_flash_attn_3_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = serving.Step(serving.QUICK_MIXES["cpu"]["tokens"], torch.device("cpu"), torch.float32)
+    for name in ("fa3_fwd_interface", "flash_attn_interface"):  # the second is preferred
+        module = types.ModuleType(name)
+        module.flash_attn_with_kvcache = lambda *args, name=name, **options: name
+        monkeypatch.setitem(sys.modules, name, module)
+        assert step.flash() == name
+
+
 def test_several_kernels_of_ours_have_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU these are triton and cuda. The test puts the backends of a CPU in their place."""
     ours = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference", "absent")}
