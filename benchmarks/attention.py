@@ -238,8 +238,7 @@ def steps_of(tables: Iterable[str], arguments: argparse.Namespace, earlier: list
 def main(arguments: argparse.Namespace) -> int:
     run = Session(arguments)
     tables = [one for table in arguments.tables for one in (CPU if table == "cpu" else (table,))]
-    arguments.rounds = arguments.rounds or (3 if run.is_quick else 30)
-    arguments.seconds = arguments.seconds or (0.05 if run.is_quick else 1.0)
+    arguments.rounds, arguments.seconds = session.limits(arguments, quick=(3, 0.05), full=(30, 1.0))
     todo = steps_of([table for table in tables if table not in extras.TABLES], arguments, run.earlier)
     timer = None if arguments.check_only else timing.timer_for(run.device)
     peaks: dict[str, float] = {}
@@ -266,8 +265,8 @@ def main(arguments: argparse.Namespace) -> int:
                 row["gb_per_s"] = case.fewest_bytes(DTYPES[case.dtype].itemsize) / row["median_ms"] / 1e6
                 row["copy_gb_per_s"] = copy_rate
         run.record(rows, f"{case} | {describe(rows)}")
-    others = [table for table in tables if table in extras.TABLES and not select(run.earlier, benchmark=table)]
-    for table in run.steps(others):
+    # --resume measures these tables again, because one row does not tell that a table is complete.
+    for table in run.steps([table for table in tables if table in extras.TABLES]):
         for rows in extras.TABLES[table](arguments):
             run.record(rows, f"{table} | {extras.describe(rows)}")
     print("\n".join(summary.ratio_lines(run.rows)))

@@ -393,7 +393,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     run = Session(arguments)
     size = (QUICK_SIZES if run.is_quick else SIZES)[run.device.type]
-    limits = arguments.rounds or (3 if run.is_quick else 20), arguments.seconds or (0.5 if run.is_quick else 10.0)
+    limits = session.limits(arguments, quick=(3, 0.5), full=(20, 10.0))
     caches = (QUICK_CACHES if run.is_quick else CACHES)[run.device.type]
     mixes = (serving.QUICK_MIXES if run.is_quick else serving.MIXES)[run.device.type]
     lengths = {"generation": size.new_tokens, "step": size.lengths, "cache": caches.lengths, "serving": mixes}

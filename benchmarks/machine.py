@@ -71,8 +71,8 @@ def _driver() -> str | None:
 
 
 def matmul_tflops(device: torch.device, dtype: str, is_quick: bool = False) -> float:
-    """The rate of a large matrix product, which no attention kernel exceeds. The matrices are random, because a product
-    of zeros can run faster."""
+    """The rate of a large matrix product of torch, as a yardstick. The matrices are random, because a product of zeros
+    can run faster."""
     size = 8192 if device.type == "cuda" else 256 if is_quick else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device).to(DTYPES[dtype]) for _ in range(2))

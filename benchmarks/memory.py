@@ -11,6 +11,7 @@ import argparse
 import itertools
 import multiprocessing
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -133,12 +134,26 @@ def main(arguments: argparse.Namespace) -> int:
     names = arguments.rivals or (ON_GPU if kind == "cuda" else ON_CPU)
     masks = arguments.only or (("none", "causal+padded") if run.is_quick else MASKS)
     lengths = arguments.lengths or (QUICK_LENGTHS if run.is_quick else LENGTHS[kind])
-    done = {tuple(row[name] for name in SWEEP) for row in select(run.earlier, benchmark="memory")}
-    sweeps = [one for one in itertools.product(masks, run.dtypes, arguments.directions, names) if one not in done]
+    sweeps = [
+        sweep
+        for sweep in itertools.product(masks, run.dtypes, arguments.directions, names)
+        if not _is_done(sweep, lengths, run.earlier)
+    ]
     for sweep in run.steps(sweeps, " ".join):
         rows = _sweep(*sweep, lengths, run.device)
         run.record(rows, f"{' '.join(sweep[:3]):40} {sweep[3]:16} {describe(rows)}")
     return 0
+
+
+def _is_done(sweep: tuple[str, ...], lengths: Iterable[int], earlier: list[Row]) -> bool:
+    """Whether each length of a sweep has a row, up to the one that ended it."""
+    own = select(earlier, benchmark="memory", **dict(zip(SWEEP, sweep, strict=True)))
+    rows = {row["shape"][2]: row for row in own}
+    for length in lengths:
+        row = rows.get(length)
+        if row is None or "cannot" in row:
+            return row is not None
+    return True
 
 
 def _sweep(

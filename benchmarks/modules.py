@@ -186,6 +186,8 @@ def run_kind(
     errors = {name: _error(workload, module, truth) for name, module in workload.modules.items()}
     rows: dict[str, Row] = {}
     calls: dict[str, timing.Call] = {}
+    # torch limits how often one function is compiled. A reset between the modules would throw ours away.
+    torch._dynamo.reset()
     for name, module in workload.modules.items():
         fields = _verdict(errors[name], errors["torch"], workload.dtype)
         rows[name] = _row(kind, size, dtype, name) | fields
@@ -193,7 +195,6 @@ def run_kind(
             continue
         calls[name] = workload.step(module)
         if compiles:
-            torch._dynamo.reset()
             rows[name + COMPILED] = _row(kind, size, dtype, name + COMPILED) | fields
             try:
                 calls[name + COMPILED] = call = workload.step(module, torch.compile(workload.forward))
@@ -205,7 +206,6 @@ def run_kind(
     def drop(name: str, error: Exception) -> None:
         rows[name]["failed"] = reason(error)
 
-    # While a GPU generates, it waits for the host to launch the kernels of each token. That time counts.
     timer = timing.timer_for(device)
     times = timing.measure_those_that_can(calls, timer, rounds, seconds, drop)
     for name, fields in timing.fields_of(times).items():
@@ -265,7 +265,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     run = Session(arguments)
     size = (QUICK_SIZES if run.is_quick else SIZES)[run.device.type]
-    limits = arguments.rounds or (3 if run.is_quick else 20), arguments.seconds or (0.5 if run.is_quick else 5.0)
+    limits = session.limits(arguments, quick=(3, 0.5), full=(20, 5.0))
     done = {(row["module"], row["dtype"], row["implementation"]) for row in select(run.earlier, benchmark="modules")}
     compiles = not (arguments.no_compile or run.is_quick)
     last = OURS + COMPILED if compiles else OURS

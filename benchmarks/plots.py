@@ -72,7 +72,8 @@ def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
         if found := select(own, benchmark="masks", implementation="torch"):
             title = f"Speed-up over F.scaled_dot_product_attention against length, {device}"
             plots[f"speedup-{slug}"] = Plot(title, found, _speedup)
-        attention = [row for row in select(own, benchmark="attention") if has_enough_sequences(row)]
+        # What computes less than the case has no rate: the operations of the case are not those that it computes.
+        attention = [row for row in select(own, benchmark="attention") if "problem" not in row]
         for direction in dict.fromkeys(row["direction"] for row in attention):
             title = f"FLOP/s on visible scores against length, {direction}, {device}"
             name = f"speed-{slug}-{direction.replace('+', '-')}"
@@ -84,11 +85,6 @@ def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
             title = f"Memory beyond inputs and results against length, {device}"
             plots[f"memory-{slug}"] = Plot(title, found, _memory)
     return plots
-
-
-def has_enough_sequences(row: Row) -> bool:
-    """False if the lengths are random and the batch has few sequences, so that their lengths decide the time."""
-    return row["mask"] not in cases.RANDOM_MASKS or row["shape"][0] >= cases.LEAST_SEQUENCES
 
 
 def sweep_of_memory(rows: Iterable[Row]) -> list[Row]:
@@ -178,18 +174,15 @@ def _speed(rows: list[Row], device: str) -> Figure:
 def _by_implementation(
     rows: list[Row], value_of: Callable[[Row], float], label: str, title: str, is_log: bool = False
 ) -> Figure:
-    """A panel for each mask, with a line for each implementation. The line of an implementation that computes less than
-    the case is dashed, with a * after the name."""
+    """A panel for each mask, with a line for each implementation."""
     panels = summary.groups(rows, ("mask",))
     figure, axes = _grid(len(panels), 3)
     for axis, chosen in zip(axes, panels, strict=False):
         for own in summary.groups(chosen, ("implementation",)):
             points, name = sorted(own, key=_length), own[0]["implementation"]
-            is_less = any("problem" in row for row in points)
             axis.plot(
-                list(map(_length, points)), list(map(value_of, points)), marker="o", ms=4,
-                label=f"{name} *" if is_less else name, color=COLOURS[name], linestyle="--" if is_less else "-",
-                linewidth=2.5 if name == OURS else 1.5, zorder=3 if name == OURS else 2,
+                list(map(_length, points)), list(map(value_of, points)), marker="o", ms=4, label=name,
+                color=COLOURS[name], linewidth=2.5 if name == OURS else 1.5, zorder=3 if name == OURS else 2,
             )  # fmt: skip
         axis.set_title(cases.MASKS[chosen[0]["mask"]], fontsize=10)
         if is_log:
@@ -199,8 +192,6 @@ def _by_implementation(
         axis.yaxis.set_major_formatter("{x:g}")
         _lengths_on_x(axis, chosen)
     figure.supylabel(label, fontsize=10)
-    if any("problem" in row for row in rows):
-        title += "\n* computes less than the case: right only in rows that are no padding"
     return _finish(figure, axes[: len(panels)], title)
 
 

@@ -51,11 +51,19 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def all_rows(folder: Path = ROWS) -> list[Row]:
-    """The committed rows, without those that a later run has measured again. Of the attention benchmark on a GPU, only
-    the rows of the newest commit count, because one table must not mix the kernels of two commits."""
-    rows = newest(row for path in sorted(folder.glob("*.jsonl")) for row in read(path))
+    """The committed rows, without those that a later run has measured again.
+
+    Batches of few sequences with random lengths are left out, because the lengths decide the time. Of the attention
+    benchmark on a GPU, only the rows of the newest commit count: one table must not mix the kernels of two commits.
+    """
+    committed = newest(row for path in sorted(folder.glob("*.jsonl")) for row in read(path))
+    rows = [row for row in committed if not _has_few_draws(row)]
     commits = {row["device"]: row["commit"] for row in sorted(rows, key=lambda row: row["date"]) if is_of_a_gpu(row)}
     return [row for row in rows if not is_of_a_gpu(row) or row["commit"] == commits[row["device"]]]
+
+
+def _has_few_draws(row: Row) -> bool:
+    return row.get("mask") in cases.RANDOM_MASKS and row["shape"][0] < cases.LEAST_SEQUENCES
 
 
 def is_of_a_gpu(row: Row) -> bool:
@@ -195,10 +203,15 @@ def _gpu_cells(rows: list[Row], names: list[str]) -> list[str]:
     cells = []
     for name in (OURS, *names):
         own = select(rows, implementation=name)[:1]
-        cells.append("".join(f"{row.get('gb_per_s') or row['effective_tflops']:.0f}{_star(row)}" for row in own) or "-")
+        cells.append("".join(map(_rate, own)) or "-")
     others = summary.fastest_others(rows) if _is_timed(rows) else []
     ratios = [f"{row['over_ours']:.2f} {row['implementation']}{_star(row)}" for row in others]
     return [*cells, ", ".join(ratios) or "-"]
+
+
+def _rate(row: Row) -> str:
+    """The rate of a row. What computes less than the case has none: it does not compute the operations of the case."""
+    return "*" if "problem" in row else f"{row.get('gb_per_s') or row['effective_tflops']:.0f}"
 
 
 def _star(row: Row) -> str:

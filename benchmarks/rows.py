@@ -20,6 +20,17 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
+def drop_cut_line(path: Path) -> None:
+    """Removes a last line that is not complete, because the run that wrote it was stopped. The next row would become
+    a part of that line.
+    """
+    text = path.read_text() if path.exists() else ""
+    if text and not text.endswith("\n"):
+        lines = text.splitlines(keepends=True)
+        print(f"{path}: line {len(lines)} is cut off, and is removed", flush=True)
+        path.write_text("".join(lines[:-1]))
+
+
 def append(path: Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -13,10 +13,13 @@ import torch
 
 from benchmarks import machine
 from benchmarks.inputs import DTYPES
-from benchmarks.rows import Row, append, read
+from benchmarks.rows import Row, append, drop_cut_line, read, select
 from fused_attn.measurement import progress
 
 Step = TypeVar("Step")
+
+#: The fields in which a row must equal this run so that --resume leaves its case out.
+SAME_RUN = ("device", "cores", "threads", "isa", "torch", "commit", "quick")
 
 
 def add_arguments(parser: argparse.ArgumentParser, quick: str, is_timed: bool = True) -> None:
@@ -35,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser, quick: str, is_timed: bool = 
         parser.add_argument("--seconds", type=duration, help="time for each case, roughly")
     parser.add_argument("--threads", type=whole, help="CPU threads (torch's choice)")
     parser.add_argument("--minutes", type=duration, help="time after which no other case is begun (no limit)")
-    parser.add_argument("--resume", action="store_true", help="leave out the cases that --out has rows of")
+    parser.add_argument("--resume", action="store_true",
+                        help="leave out what --out has rows of, by the same commit, machine and --quick")  # fmt: skip
     parser.add_argument("--commit", help="the commit that rows name, where the source tree has no git history")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append one row per case and implementation")
 
@@ -59,6 +63,15 @@ def duration(text: str) -> float:
     return number
 
 
+def limits(arguments: argparse.Namespace, quick: tuple[int, float], full: tuple[int, float]) -> tuple[int, float]:
+    """--rounds and --seconds. An option that is not given has its number of `quick` or `full`, by --quick."""
+    rounds, seconds = quick if arguments.quick else full
+    return (
+        rounds if arguments.rounds is None else arguments.rounds,
+        seconds if arguments.seconds is None else arguments.seconds,
+    )
+
+
 def _device(name: str) -> torch.device:
     """The device of this name. Ends the command if this machine cannot measure it."""
     gpus = torch.cuda.device_count()
@@ -75,17 +88,24 @@ class Session:
     """One run of a command.
 
     rows: the rows of this run
-    earlier: with --resume, the rows that --out had before this run
+    earlier: with --resume, the rows that --out had before this run, of the same commit, machine and --quick
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device, self.is_quick, self._out = _device(arguments.device), arguments.quick, arguments.out
+        if arguments.resume and self._out is None:
+            raise SystemExit("--resume: expected --out FILE.jsonl, whose cases are left out, got no --out")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # events and streams are those of the current device
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         self.dtypes = arguments.dtype or (["bfloat16"] if self.device.type == "cuda" else ["float32"])
         self.rows: list[Row] = []
-        self.earlier = read(self._out) if arguments.resume and self._out is not None and self._out.exists() else []
-        self._about = machine.about(self.device, arguments.commit)
+        self._about = machine.about(self.device, arguments.commit) | ({"quick": True} if arguments.quick else {})
+        if self._out is not None:
+            drop_cut_line(self._out)
+        same = {name: self._about.get(name) for name in SAME_RUN}
+        self.earlier = select(read(self._out), **same) if arguments.resume and self._out.exists() else []
         self._end = float("inf") if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
         print(" | ".join(f"{name} {value}" for name, value in self._about.items()), flush=True)
 

@@ -1,8 +1,8 @@
 """The speed of each kernel on this machine, beside a matrix product and torch's attention: part of ``check``.
 
 How fast a kernel can be depends on the machine, and on what else the machine is doing. So each line is measured in
-turns with a large matrix product of the same dtype, which no attention exceeds, and with torch's
-`scaled_dot_product_attention` for the same result. All times are medians of warm calls.
+turns with a large matrix product of the same dtype, and with torch's `scaled_dot_product_attention` for the same
+result. All times are medians of the calls after a warm-up.
 
 The operations of a line are those on visible scores: two products in forward, five in backward, and two operations for
 each multiply-add.

@@ -34,6 +34,7 @@ from benchmarks import (  # noqa: E402
     rivals,
     rows,
     serving,
+    session,
     summary,
     timing,
 )
@@ -968,23 +969,31 @@ def test_quick_generation_and_its_plot(tmp_path: Path) -> None:
     assert [list(line.get_xdata()) for line in lines_drawn] == [[8, 16]] * 2 + [[64, 128]] * 8
 
 
-def test_a_table_with_rows_is_not_measured_again(tmp_path: Path) -> None:
+def test_an_interrupted_table_gets_the_rows_that_it_lacks(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    command = [
-        "attention",
-        "--device",
-        "cpu",
-        "--tables",
-        "overhead",
-        "--seconds",
-        "0.01",
-        "--out",
-        str(out),
-        "--resume",
-    ]
-    for _ in range(2):
-        assert __main__.main(command) == 0
-        assert len(rows.read(out)) == 6
+    command = ["attention", "--device", "cpu", "--tables", "overhead", "--seconds", "0.01", "--out", str(out)]
+    assert __main__.main(command) == 0
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:2]) + lines[2][:20])  # the third row is cut off
+    assert __main__.main([*command, "--resume"]) == 0
+    assert len(lines) == len(rows.newest(rows.read(out))) == 6
+
+
+def test_resume_goes_on_with_rows_of_the_same_kind_alone(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = ["memory", "--device", "cpu", "--only", "none", "--rivals", OURS, "--directions", "forward"]
+    command += ["--out", str(out), "--resume"]
+    for count, *options in [
+        (1, "--lengths", "64", "--commit", "a"),
+        (1, "--lengths", "64", "--commit", "a"),  # nothing is left
+        (3, "--lengths", "64", "128", "--commit", "a"),
+        (5, "--lengths", "64", "128", "--commit", "b"),
+        (7, "--lengths", "64", "128", "--commit", "b", "--quick"),
+    ]:
+        assert __main__.main([*command, *options]) == 0
+        assert len(rows.read(out)) == count
+    with pytest.raises(SystemExit, match="--resume: expected --out"):
+        __main__.main(["memory", "--device", "cpu", "--resume"])
 
 
 @pytest.mark.parametrize("table", extras.TABLES)
@@ -1071,13 +1080,25 @@ def test_committed_rows_say_where_they_come_from() -> None:
     assert {row["benchmark"] for row in found} <= commands
 
 
-def test_plots_leave_out_what_is_made_of_few_draws() -> None:
-    row = {"mask": "padded-random", "shape": [1, 16, 16384, 128]}
-    assert not plots.has_enough_sequences(row) and plots.has_enough_sequences(row | {"mask": "none"})
-    assert plots.has_enough_sequences(row | {"shape": [4, 16, 16384, 128]})
-    shown = [row for plot in plots.plots_of(report.all_rows()).values() for row in plot.rows]
-    drawn = [row for row in shown if row.get("mask") in cases.RANDOM_MASKS]
-    assert drawn and min(row["shape"][0] for row in drawn) >= 4
+def test_tables_and_plots_leave_out_what_is_made_of_few_draws() -> None:
+    committed = [row for path in report.ROWS.glob("*.jsonl") for row in rows.read(path)]
+    for found, least in ((committed, 1), (report.all_rows(), 4)):
+        drawn = [row for row in found if row.get("mask") in cases.RANDOM_MASKS]
+        assert min(row["shape"][0] for row in drawn) == least
+
+
+def test_what_computes_less_than_the_case_has_no_rate() -> None:
+    row = {"effective_tflops": 1593.0, "problem": "computes no rows of padding"}
+    assert report._rate(row) == "*"
+    assert report._rate({"effective_tflops": 593.4}) == "593"
+    shown = [row for name, plot in plots.plots_of(report.all_rows()).items() if "speed-" in name for row in plot.rows]
+    assert shown and not any("problem" in row for row in shown)
+
+
+@pytest.mark.parametrize("seconds", ["0", "0.5"])
+def test_no_option_of_0_means_the_default(seconds: str) -> None:
+    arguments = argparse.Namespace(rounds=None, seconds=float(seconds), quick=False)
+    assert session.limits(arguments, quick=(3, 0.1), full=(20, 10.0)) == (20, float(seconds))
 
 
 def test_the_summary_has_one_line_for_each_device_dtype_and_direction() -> None:
