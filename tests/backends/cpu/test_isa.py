@@ -166,6 +166,12 @@ def isa(request: pytest.FixtureRequest):
     _C.select_cpu_isa(before)
 
 
+#: The first mark of a test varies fastest. So the instruction sets of a case share the result of the oracle, which
+#: takes most of the time.
+on_each_isa = pytest.mark.parametrize("isa", _C.cpu_isas(), indirect=True)
+
+
+@on_each_isa
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in SUBSET])
 def test_case(case: cases.Case, isa: str) -> None:
     assert _C.cpu_isa() == isa
@@ -237,18 +243,21 @@ def test_few_queries_have_the_same_bits_in_every_layout_of_the_keys(
         torch.set_num_threads(before)
 
 
+@on_each_isa
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in SEVERAL_SLABS])
 def test_backward_of_several_slabs(case: cases.Case, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # a type that memory holds as lanes, and one that it does not
         cases.check(case, dtype, "cpu")
 
 
+@on_each_isa
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in BIAS_OF_SCORES])
 def test_bias_of_scores(case: cases.Case, isa: str) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         cases.check(case, dtype, "cpu")
 
 
+@on_each_isa
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in FEW_QUERIES_BACKWARD])
 def test_backward_of_few_queries(case: cases.Case, isa: str) -> None:
     for dtype in case.dtypes:
@@ -268,6 +277,7 @@ def test_backward_of_nothing(seqlen_q: int, sizes: tuple[int, int, int], dtype: 
         assert all((x == 0).all() for x in gradients)
 
 
+@on_each_isa
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in cases.LOGITS_BEYOND_MILLIONS])
 def test_huge_logits(case: cases.Case, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
@@ -452,6 +462,7 @@ def test_kept_rows(case: cases.Case, dtype: torch.dtype, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@on_each_isa
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in FEW_QUERIES])
 def test_decoding(case: cases.Case, isa: str) -> None:
     for dtype in case.dtypes:
@@ -676,6 +687,7 @@ def test_the_layout_of_a_cache_changes_no_bit(
         torch.set_num_threads(before)
 
 
+@on_each_isa
 @pytest.mark.parametrize("number", [0, 3])
 def test_long_sums_are_exact(number: int, isa: str) -> None:
     """The id selects the numbers. One sum of 512 products has too large an error here, and in number 3, sums of 256."""
@@ -709,6 +721,7 @@ def _offset_keys(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.quick
+@on_each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_everything_at_once(isa: str, dtype: torch.dtype) -> None:
     case = next(case for case in CASES if case.id == "softcap-with-everything")
