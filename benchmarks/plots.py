@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks import cases, summary
 from benchmarks.conventions import OURS
-from benchmarks.rows import Row, select
+from benchmarks.rows import Row, by_machine, machine_of, select
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ LATENCY = {"step": "a step of a whole model", "cache": "one query"}
 
 
 class Plot(NamedTuple):
-    """draw: makes the figure from the rows and the name of the device"""
+    """draw: makes the figure from the rows and the name of the machine"""
 
     title: str
     rows: list[Row]
@@ -55,34 +55,34 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
     for name, plot in plots_of(rows).items():
         path = folder / f"{name}.png"
         # Without the version of matplotlib in the file, the same rows give the same file.
-        plot.draw(plot.rows, plot.rows[0]["device"]).savefig(path, dpi=110, metadata={"Software": None})
+        plot.draw(plot.rows, machine_of(plot.rows[0])).savefig(path, dpi=110, metadata={"Software": None})
         written.append(path)
     return written
 
 
 def plots_of(rows: Iterable[Row]) -> dict[str, Plot]:
-    """For each device, the plots that can be made of its rows, by file name without ".png"."""
+    """For each machine, the plots that can be made of its rows, by file name without ".png"."""
     plots = {}
-    rows = list(rows)
-    devices = {row["device"]: _slug(row["device"]) for row in rows}
-    if len(set(devices.values())) < len(devices):
-        raise ValueError(f"device: expected names that differ in letters and digits, got {list(devices)}")
-    for device, slug in devices.items():
-        own = select(rows, device=device)
+    machines = by_machine(rows)
+    slugs = list(map(_slug, machines))
+    if len(set(slugs)) < len(slugs):
+        raise ValueError(f"device: expected names that differ in letters and digits, got {list(machines)}")
+    for slug, (machine, own) in zip(slugs, machines.items(), strict=True):
         if found := select(own, benchmark="masks", implementation="torch"):
-            title = f"Speed-up over F.scaled_dot_product_attention against length, {device}"
+            title = f"Speed-up over F.scaled_dot_product_attention against length, {machine}"
             plots[f"speedup-{slug}"] = Plot(title, found, _speedup)
         # What computes less than the case has no rate: the operations of the case are not those that it computes.
         attention = [row for row in select(own, benchmark="attention") if "problem" not in row]
         for direction in dict.fromkeys(row["direction"] for row in attention):
-            title = f"FLOP/s on visible scores against length, {direction}, {device}"
+            title = f"FLOP/s on visible scores against length, {direction}, {machine}"
             name = f"speed-{slug}-{direction.replace('+', '-')}"
             plots[name] = Plot(title, select(attention, direction=direction), _speed)
         timed = [row for row in select(own, benchmark="generation") if "median_ms" in row]
         if found := [row for row in timed if row["table"] in LATENCY]:
-            plots[f"decoding-{slug}"] = Plot(f"Time of decoding against tokens in the cache, {device}", found, _latency)
+            title = f"Time of decoding against tokens in the cache, {machine}"
+            plots[f"decoding-{slug}"] = Plot(title, found, _latency)
         if found := [row for row in sweep_of_memory(own) if "table" not in row]:
-            title = f"Memory beyond inputs and results against length, {device}"
+            title = f"Memory beyond inputs and results against length, {machine}"
             plots[f"memory-{slug}"] = Plot(title, found, _memory)
     return plots
 
@@ -94,7 +94,7 @@ def sweep_of_memory(rows: Iterable[Row]) -> list[Row]:
     return select(rows, size=rows[0]["size"]) if rows else []
 
 
-def _speedup(rows: list[Row], device: str) -> Figure:
+def _speedup(rows: list[Row], machine: str) -> Figure:
     """Torch's time / ours against length: a panel for each dtype and direction, a line for each mask."""
     rows = [row for row in rows if "over_ours" in row and row["shape"][3] == HEAD_DIM]
     panels = summary.groups(rows, ("dtype", "direction"))
@@ -113,22 +113,22 @@ def _speedup(rows: list[Row], device: str) -> Figure:
         _lengths_on_x(axis, chosen)
         axis.yaxis.set_major_formatter("{x:g}x")
     figure.supylabel("torch's time / ours; shaded: quartiles over rounds", fontsize=10)
-    title = f"Speed-up over F.scaled_dot_product_attention, head dim {HEAD_DIM}\n{device}"
+    title = f"Speed-up over F.scaled_dot_product_attention, head dim {HEAD_DIM}\n{machine}"
     return _finish(figure, axes[: len(panels)], title)
 
 
-def _memory(rows: list[Row], device: str) -> Figure:
+def _memory(rows: list[Row], machine: str) -> Figure:
     """Memory against length, of forward and backward together if there are such rows."""
     directions = [row["direction"] for row in rows]
     direction = "forward+backward" if "forward+backward" in directions else directions[0]
     rows = select(rows, direction=direction, dtype=rows[0]["dtype"])
     batch, heads, _, head_dim = rows[0]["shape"]
-    title = f"Memory of one call, {direction}, ({batch}, {heads}, L, {head_dim}), {rows[0]['dtype']}\n{device}"
+    title = f"Memory of one call, {direction}, ({batch}, {heads}, L, {head_dim}), {rows[0]['dtype']}\n{machine}"
     label = "MiB beyond inputs and results; needed masks count"
     return _by_implementation(rows, lambda row: max(summary.mib_of(row), LEAST_MIB), label, title, is_log=True)
 
 
-def _latency(rows: list[Row], device: str) -> Figure:
+def _latency(rows: list[Row], machine: str) -> Figure:
     """Milliseconds against the number of tokens in the cache: a panel for each table, dtype, and head group."""
     rows = [row | {"group": row["shape"][1] // row["kv_heads"] if row["table"] == "cache" else 1} for row in rows]
     panels = summary.groups(rows, ("table", "dtype", "group"))
@@ -147,7 +147,7 @@ def _latency(rows: list[Row], device: str) -> Figure:
         axis.set_xlabel("tokens in the cache", fontsize=8)
         axis.grid(alpha=0.3)
     figure.supylabel("milliseconds", fontsize=10)
-    return _finish(figure, axes[: len(panels)], f"Decoding against the length of the cache\n{device}")
+    return _finish(figure, axes[: len(panels)], f"Decoding against the length of the cache\n{machine}")
 
 
 def _cached(row: Row) -> int:
@@ -155,7 +155,7 @@ def _cached(row: Row) -> int:
     return row["length"] if row["table"] == "step" else row["shape"][2]
 
 
-def _speed(rows: list[Row], device: str) -> Figure:
+def _speed(rows: list[Row], machine: str) -> Figure:
     """FLOP/s on visible scores against length, of the dtype and the head dim that most rows have."""
     timed = [row for row in rows if "median_ms" in row]
     chosen = max(summary.groups(timed, ("dtype",), by_head_dim=True), key=len)
@@ -167,7 +167,7 @@ def _speed(rows: list[Row], device: str) -> Figure:
     is_slow = max(row["effective_tflops"] for row in chosen) < 1.0
     unit, scale = ("GFLOP/s", 1e3) if is_slow else ("TFLOP/s", 1.0)
     return _by_implementation(
-        chosen, lambda row: scale * row["effective_tflops"], f"{unit} on visible scores", f"{title}\n{device}"
+        chosen, lambda row: scale * row["effective_tflops"], f"{unit} on visible scores", f"{title}\n{machine}"
     )
 
 
@@ -233,6 +233,6 @@ def _length(row: Row) -> int:
     return row["shape"][2]
 
 
-def _slug(device: str) -> str:
-    """The name of a device for a file name: "NVIDIA H200" becomes "nvidia-h200"."""
-    return "-".join(re.findall(r"[^\W_]+", device.lower()))
+def _slug(machine: str) -> str:
+    """The name of a machine for a file name: "NVIDIA H200" becomes "nvidia-h200"."""
+    return "-".join(re.findall(r"[^\W_]+", machine.lower()))

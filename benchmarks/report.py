@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import cases, plots, summary
 from benchmarks.conventions import OURS, ROOT
-from benchmarks.rows import Row, newest, read, select
+from benchmarks.rows import MACHINE, Row, by_machine, machine_of, newest, read, select
 
 README = ROOT / "README.md"
 PAGE = ROOT / "benchmarks" / "RESULTS.md"
@@ -28,6 +28,8 @@ SUMMARY = {
     "causal + padding": ("causal+padded", "causal+padded-random"),
     "bias with gradient": ("bias",),
 }
+#: The benchmarks with tables or plots of their own.
+SHOWN_ELSEWHERE = ("attention", "masks", "memory")
 #: The rivals with a column of their own in the tables of GPUs.
 COLUMNS = ("flash_attn4", "flash_attn3", "torch-cudnn", "torch")
 
@@ -81,7 +83,7 @@ def page(rows: list[Row]) -> str:
     """The text of RESULTS.md."""
     links = (f"![{plot.title}]({PLOTS.name}/{name}.png)" for name, plot in plots.plots_of(rows).items())
     sections = {
-        "CPU": cpu_tables(rows), "GPU": gpu_tables(rows), "Memory": memory_table(rows), "Plots": "\n\n".join(links),
+        "CPU": cpu_tables(rows), "GPU": gpu_page(rows), "Memory": memory_table(rows), "Plots": "\n\n".join(links),
     }  # fmt: skip
     method = "Generated from the rows in `results/` by `python -m benchmarks report`; the method is in"
     lines = ["# Results", "", method, "[README.md](README.md)."]
@@ -116,12 +118,12 @@ def _about(rows: list[Row], *fields: str) -> str:
 
 
 def summary_table(rows: list[Row]) -> str:
-    """A line for each device, dtype and direction, with the ratio of the fastest other implementation to ours."""
+    """A line for each machine, dtype and direction, with the ratio of the fastest other implementation to ours."""
     measured = [row for row in rows if is_of_a_gpu(row)] + select(rows, benchmark="masks")
     lines = []
-    for group in summary.groups(measured, ("device", "dtype", "direction")):
+    for group in summary.groups(measured, (*MACHINE, "dtype", "direction")):
         cells = [_mean_and_range(_leads([row for row in group if row["mask"] in masks])) for masks in SUMMARY.values()]
-        lines.append([group[0]["device"], f"{group[0]['dtype']} {group[0]['direction']}", *cells])
+        lines.append([machine_of(group[0]), f"{group[0]['dtype']} {group[0]['direction']}", *cells])
     return "\n".join(
         [
             "Time of the fastest other implementation divided by ours: above 1, ours is faster. Geometric mean "
@@ -148,6 +150,11 @@ def _is_timed(rows: list[Row]) -> bool:
 
 
 # ---- GPU
+
+
+def gpu_page(rows: list[Row]) -> str:
+    """The tables of all GPUs, and below them, for each GPU, lines about its other rows."""
+    return "\n\n".join(filter(None, [gpu_tables(rows), *lists([row for row in rows if "driver" in row])]))
 
 
 def gpu_tables(rows: list[Row]) -> str:
@@ -235,17 +242,24 @@ def _lead(rows: list[Row]) -> str:
 def cpu_tables(rows: list[Row]) -> str:
     """For each CPU, the table of masks if it has been measured, and a list with a line about each other table."""
     tables = []
-    for own in summary.groups([row for row in rows if "driver" not in row], ("device",)):
-        masks = select(own, benchmark="masks")
-        found = [line for make in LINES for line in make(own)]
-        where = "Beside that" if masks else f"On {_machine(own[0])}, {_about(own, 'torch')}"
-        head = ["", f"{where}, torch's time divided by ours unless a line says otherwise:", ""] if found else []
-        tables.append("\n".join((_masks_table(masks) if masks else []) + head + found).strip())
-    return "\n\n".join(filter(None, tables))
+    for own in by_machine(row for row in rows if "driver" not in row).values():
+        masks = [row for row in select(own, benchmark="masks") if "median_ms" in row]
+        tables += ["\n".join(_masks_table(masks))] if masks else []
+        tables += lists(own)
+    return "\n\n".join(tables)
 
 
-def _machine(row: Row) -> str:
-    return f"{row['cores']} cores of {row['device']} ({row['isa']}, {row['threads']} threads)"
+def lists(rows: list[Row]) -> list[str]:
+    """For each machine and commit, a list with a line about each table that is not one of masks or of memory."""
+    found = []
+    timed = (row for row in rows if row["benchmark"] not in SHOWN_ELSEWHERE and "median_ms" in row)
+    for own in by_machine(timed).values():
+        for group in summary.groups(own, ("torch", "commit")):
+            if lines := [line for make in LINES for line in make(group)]:
+                where = f"On {machine_of(group[0])}, {_about(group, 'torch')}"
+                head = f"{where}, torch's time divided by ours unless a line says otherwise:"
+                found.append("\n".join([head, "", *lines]))
+    return found
 
 
 def _masks_table(rows: list[Row]) -> list[str]:
@@ -256,7 +270,7 @@ def _masks_table(rows: list[Row]) -> list[str]:
         for own in summary.groups(rows, ("dtype", "direction"))
     ]
     return [
-        f"Time of `F.scaled_dot_product_attention` divided by ours, on {_machine(about)}, "
+        f"Time of `F.scaled_dot_product_attention` divided by ours, on {machine_of(about)}, "
         f"{_about(rows, 'torch')}. Geometric mean [least, greatest] over "
         f"(B, H, L, D) = {', '.join(map(str, shapes))}; above 1, ours is faster. torch is given `is_causal`, a "
         "(B, 1, 1, S) mask for padding, and for both a (B, 1, L, S) one, which are made beforehand.",
@@ -265,13 +279,18 @@ def _masks_table(rows: list[Row]) -> list[str]:
     ]
 
 
+def _of_torch(rows: list[Row], **wanted: object) -> list[Row]:
+    """The rows of torch with a ratio to ours, whose fields have these values."""
+    return [row for row in select(rows, implementation="torch", **wanted) if "over_ours" in row]
+
+
 def _ratios(rows: list[Row], **wanted: object) -> list[float]:
     """Torch's time / ours, in the rows whose fields have these values."""
-    return [row["over_ours"] for row in select(rows, implementation="torch", **wanted) if "over_ours" in row]
+    return [row["over_ours"] for row in _of_torch(rows, **wanted)]
 
 
 def _short(rows: list[Row]) -> list[str]:
-    rows = select(rows, benchmark="short")
+    rows = _of_torch(rows, benchmark="short")
     if not rows:
         return []
     batch, heads, _, head_dim = rows[0]["shape"]
@@ -284,12 +303,13 @@ def _short(rows: list[Row]) -> list[str]:
 def _decode(rows: list[Row]) -> list[str]:
     lines = []
     for ours in select(rows, benchmark="decode", implementation=OURS):
-        ratio = _ratios(rows, benchmark="decode", shape=ours["shape"], dtype=ours["dtype"])[0]
+        same = {name: ours[name] for name in ("benchmark", "shape", "dtype")}
+        ratio = "".join(f"{x:.2f}, " for x in _ratios(rows, **same))
         reads = "read_gb_per_s" in ours
         memory = f"a {'sum reads' if reads else 'copy moves'} {ours['read_gb_per_s' if reads else 'copy_gb_per_s']:.0f}"
         lines.append(
             f"- one query of {ours['shape'][1]} heads against {ours['shape'][2]} keys, {ours['dtype']}: "
-            f"{ratio:.2f}, {ours['gb_per_s']:.0f} GB/s where {memory} from main memory"
+            f"{ratio}{ours['gb_per_s']:.0f} GB/s where {memory} from main memory"
         )
     return lines
 
@@ -300,6 +320,8 @@ def _caches(rows: list[Row]) -> list[str]:
     lines = []
     for group in summary.groups(rows, ("heads", "kv_heads", "dtype")):
         ours = sorted(select(group, implementation=OURS), key=lambda row: row["shape"][2])
+        if not ours:
+            continue
         names = dict.fromkeys(row["implementation"] for row in group if "over_ours" in row)
         lengths = ", ".join(str(row["shape"][2]) for row in ours)
         rates = ", ".join(f"{row['gb_per_s']:.1f}" for row in ours)
@@ -317,11 +339,11 @@ def _caches(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _others(rows: list[Row], ours: Row, size: str) -> str:
-    """Each other implementation and its time / ours, in the table, dtype and size (field `size`) of our row."""
-    same = {name: ours[name] for name in ("benchmark", "table", "dtype", size)}
-    return ", ".join(f"{row['implementation']} {row['over_ours']:.2f}" for row in select(rows, **same)
-                     if "over_ours" in row)  # fmt: skip
+def _others(rows: list[Row], ours: Row, *same: str) -> str:
+    """The other implementations with their time / ours, in rows that equal our row in these fields."""
+    others = [row for row in select(rows, **{name: ours[name] for name in same}) if "over_ours" in row]
+    ratios = ", ".join(f"{row['implementation']} {row['over_ours']:.2f}" for row in others)
+    return f"; time / ours: {ratios}" if ratios else ""
 
 
 def _serving(rows: list[Row]) -> list[str]:
@@ -330,7 +352,8 @@ def _serving(rows: list[Row]) -> list[str]:
         lines.append(
             f"- a step of a server, {ours['mix']}: {ours['queries']} queries of {ours['sequences']} sequences, "
             f"{ours['keys']} keys in pages of {ours['page_size']}, {ours['heads']} heads, {ours['kv_heads']} of keys, "
-            f"{ours['dtype']}: ours {ours['median_ms']:.2f} ms; time / ours: {_others(rows, ours, 'mix')}"
+            f"{ours['dtype']}: ours {ours['median_ms']:.2f} ms"
+            + _others(rows, ours, "benchmark", "table", "dtype", "mix")
         )
     return lines
 
@@ -341,7 +364,41 @@ def _generation(rows: list[Row]) -> list[str]:
         lines.append(
             f"- greedy generation of {ours['new_tokens']} tokens for {ours['batch']} sources of {ours['length']} "
             f"tokens, {ours['layers']} + {ours['layers']} layers of {ours['d_model']} features, {ours['dtype']}: ours "
-            f"{ours['tokens_per_s']:.0f} tokens/s; time / ours: {_others(rows, ours, 'new_tokens')}"
+            f"{ours['tokens_per_s']:.0f} tokens/s" + _others(rows, ours, "benchmark", "table", "dtype", "new_tokens")
+        )
+    return lines
+
+
+def _steps(rows: list[Row]) -> list[str]:
+    lines = []
+    for ours in select(rows, benchmark="generation", table="step", implementation=OURS):
+        lines.append(
+            f"- a step of greedy generation for {ours['batch']} sources with {ours['length']} tokens in the cache, "
+            f"{ours['layers']} layers of {ours['d_model']} features, {ours['dtype']}: ours {ours['median_ms']:.2f} ms"
+            + _others(rows, ours, "benchmark", "table", "dtype", "length")
+        )
+    return lines
+
+
+def _modules(rows: list[Row]) -> list[str]:
+    lines = []
+    for ours in select(rows, benchmark="modules", implementation=OURS):
+        lines.append(
+            f"- a training step of the module `{ours['module']}` at (N, L, E) = "
+            f"({ours['batch']}, {ours['length']}, {ours['d_model']}), {ours['dtype']}: "
+            f"ours {ours['tokens_per_s']:.0f} tokens/s" + _others(rows, ours, "benchmark", "module", "dtype")
+        )
+    return lines
+
+
+def _distributed(rows: list[Row]) -> list[str]:
+    """What processes need, beside what the planner predicts. The 20th percentile is what it is compared with."""
+    lines = []
+    for own in summary.groups(select(rows, benchmark="distributed"), ("table", "processes", "shape", "dtype")):
+        times = (f"{row['direction']} {row['p20_ms']:.0f} (predicted {row['predicted_ms']:.0f})" for row in own)
+        lines.append(
+            f"- causal attention of {own[0]['processes']} processes at {tuple(own[0]['shape'])}, {own[0]['dtype']}, by "
+            f"{own[0]['table']}, in milliseconds: {', '.join(times)}"
         )
     return lines
 
@@ -350,7 +407,7 @@ def _features(rows: list[Row]) -> list[str]:
     return [
         f"- where torch leaves its fused kernel, forward at {tuple(own[0]['shape'])}, {own[0]['dtype']}: "
         + ", ".join(f"{row['mask']} {row['over_ours']:.1f}" for row in own)
-        for own in summary.groups(select(rows, benchmark="features", implementation="torch"), ("dtype",))
+        for own in summary.groups(_of_torch(rows, benchmark="features"), ("dtype",))
     ]
 
 
@@ -358,13 +415,13 @@ def _small_modules(rows: list[Row]) -> list[str]:
     return [
         f"- `FusedMultiheadAttention` against `nn.MultiheadAttention` at (N, L, E), {own[0]['direction']}: "
         + ", ".join(f"({row['batch']}, {row['length']}, {row['d_model']}) {row['over_ours']:.2f}" for row in own)
-        for own in summary.groups(select(rows, benchmark="small-modules", implementation="torch"), ("direction",))
+        for own in summary.groups(_of_torch(rows, benchmark="small-modules"), ("direction",))
     ]
 
 
 def _layers(rows: list[Row]) -> list[str]:
     lines = []
-    for own in summary.groups(select(rows, benchmark="layers", implementation="torch"), ("direction", "dtype")):
+    for own in summary.groups(_of_torch(rows, benchmark="layers"), ("direction", "dtype")):
         step = "a training step with dropout" if own[0]["direction"] == "training" else "inference"
         sizes = (f"({row['batch']}, {row['length']}, {row['d_model']}) {row['over_ours']:.2f}" for row in own)
         text = "`TransformerEncoderLayer` against torch's at (N, L, E)"
@@ -388,22 +445,26 @@ def _step(rows: list[Row]) -> list[str]:
 def _overhead(rows: list[Row]) -> list[str]:
     parts = []
     for own in summary.groups(select(rows, benchmark="overhead"), ("direction",)):
-        ours, theirs = (select(own, implementation=name)[0]["best_ms"] * 1e3 for name in (OURS, "torch"))
-        parts.append(f"{own[0]['direction']} {ours:.1f} / {theirs:.1f}")
+        best = {row["implementation"]: f"{row['best_ms'] * 1e3:.1f}" for row in own}
+        parts.append(f"{own[0]['direction']} {best.get(OURS, '-')} / {best.get('torch', '-')}")
     text = "- a call at (1, 2, 4, 8), ours / torch's, best of many, in microseconds:"
     return [f"{text} {', '.join(parts)}"] if parts else []
 
 
-#: What makes the lines below the table of masks.
-LINES = (_short, _decode, _caches, _serving, _generation, _features, _small_modules, _layers, _isa, _step, _overhead)
+#: What makes the lines of `lists`.
+LINES = (
+    _short, _decode, _caches, _serving, _generation, _steps, _features, _small_modules, _layers, _modules, _isa, _step,
+    _overhead, _distributed,
+)  # fmt: skip
 
 
 # ---- Memory
 
 
 def memory_table(rows: list[Row]) -> str:
-    """A table for each device: the memory at the longest length, and how memory grows with the length."""
-    return "\n\n".join("\n".join(_memory(own)) for own in summary.groups(plots.sweep_of_memory(rows), ("device",)))
+    """A table for each machine: the memory at the longest length, and how memory grows with the length."""
+    machines = by_machine(plots.sweep_of_memory(rows)).values()
+    return "\n\n".join("\n".join(_memory(own)) for own in machines)
 
 
 def _memory(rows: list[Row]) -> list[str]:
@@ -419,7 +480,7 @@ def _memory(rows: list[Row]) -> list[str]:
     ]
     return [
         f"MiB beyond inputs and results of one call at (B, H, L, D) = ({batch}, {heads}, {longest}, {head_dim}) on "
-        f"{about['device']}, and how they grow where several L were measured. A mask or dense bias that an "
+        f"{machine_of(about)}, and how they grow where several L were measured. A mask or dense bias that an "
         f"implementation must be given counts. {_about(rows, 'torch')}.",
         "",
         *_table(["", "", *names], lines),
@@ -427,13 +488,10 @@ def _memory(rows: list[Row]) -> list[str]:
 
 
 def _growth(rows: list[Row], longest: int) -> str:
-    """ "64, L^1.0": the MiB at the longest length, and the exponent of growth.
-
-    Between two commits, the memory at one length may have changed. The exponent is that of the commit with most rows.
-    """
-    at_longest = [row for row in rows if row["shape"][2] == longest]
-    if not at_longest:
-        return "-"
-    mib = summary.mib_of(max(at_longest, key=lambda row: row["date"]))
-    exponent = summary.growth_exponent(max(summary.groups(rows, ("commit",)), key=len))
-    return f"{max(0.0, mib):.0f}" + ("" if exponent is None else f", L^{abs(exponent):.1f}")
+    """ "64, L^1.0": the MiB at the longest length, and the exponent of growth, both of the newest commit."""
+    commits = summary.groups(sorted(rows, key=lambda row: row["date"]), ("commit",))
+    newest_rows = commits[-1] if commits else []
+    at_longest = [row for row in newest_rows if row["shape"][2] == longest]
+    exponent = summary.growth_exponent(newest_rows)
+    mib = f"{summary.mib_of(at_longest[0]):.0f}" if at_longest else "-"
+    return mib if exponent is None else f"{mib}, L^{round(exponent, 1) + 0.0:.1f}"

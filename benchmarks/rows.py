@@ -9,9 +9,11 @@ from typing import Any
 
 Row = dict[str, Any]
 
+#: The fields that say where something was measured. Rows of a GPU have the first alone.
+MACHINE = ("device", "isa", "cores", "threads")
 #: The fields that say what was measured, and where. The other fields are results.
 IDENTITY = (
-    "device", "threads", "benchmark", "table", "mix", "module", "batch", "length", "d_model", "heads", "layers",
+    *MACHINE, "benchmark", "table", "mix", "module", "batch", "length", "d_model", "heads", "layers",
     "new_tokens", "shape", "seqlen_q", "kv_heads", "mask", "dtype", "direction", "implementation",
 )  # fmt: skip
 
@@ -45,6 +47,20 @@ def newest(rows: Iterable[Row]) -> list[Row]:
         if key not in found or row["date"] >= found[key]["date"]:
             found[key] = row
     return list(found.values())
+
+
+def machine_of(row: Row) -> str:
+    """The name of a machine: "NVIDIA H200", or "AMD EPYC (avx2, 1 of 2 cores)", where 1 is the number of threads."""
+    device, isa, cores, threads = map(row.get, MACHINE)
+    return device if isa is None else f"{device} ({isa}, {threads} of {cores} cores)"
+
+
+def by_machine(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each machine, by its name."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(machine_of(row), []).append(row)
+    return found
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:

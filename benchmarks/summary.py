@@ -64,6 +64,6 @@ def groups(rows: Iterable[Row], names: tuple[str, ...], by_head_dim: bool = Fals
     """The rows in groups that have the same values of these fields. Groups and rows keep their order."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in names) + ((row["shape"][3],) if by_head_dim else ())
+        key = tuple(str(row.get(name)) for name in names) + ((row["shape"][3],) if by_head_dim else ())
         groups.setdefault(key, []).append(row)
     return list(groups.values())

@@ -1117,14 +1117,95 @@ def test_the_summary_has_one_line_for_each_device_dtype_and_direction() -> None:
     ]
 
 
-def test_growth_is_that_of_one_commit() -> None:
-    """One commit has measured three lengths, a newer one a longer length alone, which takes half the expected memory.
-    The exponent must not mix the two."""
-    about = {"benchmark": "memory", "device": "Test", "torch": "2.11", "date": "2026-11", "mask": "none"}
-    about |= {"dtype": "float32", "direction": "forward", "implementation": OURS}
-    found = [about | {"commit": "old", "shape": [1, 4, n, 64], "extra_mib": n / 64} for n in (1024, 2048, 4096)]
-    found.append(about | {"commit": "new", "shape": [1, 4, 8192, 64], "extra_mib": 64.0})
-    assert "| float32 forward | no mask | 64, L^1.0 |" in report.memory_table(found)
+def memory_rows(commit: str, **mib: float) -> list[rows.Row]:
+    """The memory at lengths: `L1024=16.0` is 16 MiB at length 1024."""
+    about = {"benchmark": "memory", "device": "Test", "torch": "2.11", "mask": "none", "dtype": "float32"}
+    about |= {"direction": "forward", "implementation": OURS, "commit": commit, "date": f"2026-11-{commit}"}
+    return [about | {"shape": [1, 4, int(name[1:]), 64], "extra_mib": x} for name, x in mib.items()]
+
+
+def test_growth_is_that_of_the_newest_commit() -> None:
+    """Neither the amount nor the exponent mixes two commits, between which the memory at one length may change."""
+    old = memory_rows("01", L1024=16.0, L2048=32.0, L4096=64.0, L8192=128.0)
+    assert "| float32 forward | no mask | 128, L^1.0 |" in report.memory_table(old)
+    assert "| float32 forward | no mask | 64 |" in report.memory_table([*old, *memory_rows("02", L8192=64.0)])
+    squares = memory_rows("02", L4096=16.0, L8192=64.0)
+    assert "| float32 forward | no mask | 64, L^2.0 |" in report.memory_table([*squares, *old])
+    falls = memory_rows("01", L1024=16.0, L8192=2.0)
+    assert "| float32 forward | no mask | 2, L^-1.0 |" in report.memory_table(falls)
+    flat = memory_rows("01", L1024=16.0, L8192=15.9)
+    assert "| float32 forward | no mask | 16, L^0.0 |" in report.memory_table(flat)
+
+
+def cpu_rows(**about: object) -> list[rows.Row]:
+    """Ours and torch, which takes twice the time, in the table of masks and in that of short sequences."""
+    machine = {"device": "Test", "isa": "avx2", "cores": 2, "threads": 2, "torch": "2.11", "commit": "abc"}
+    case = Case(1, 4, 512, 64, "causal", "float32", "forward")
+    return [
+        attention._row_of(case, name) | machine | {"date": "2026-11-26", "benchmark": table} | fields | about
+        for table in ("masks", "short")
+        for name, fields in ((OURS, {"median_ms": 1.0}), ("torch", {"median_ms": 2.0, "over_ours": 2.0}))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"isa": "avx512"}, "Test (avx512, 2 of 2 cores)"),
+        ({"threads": 1}, "Test (avx2, 1 of 2 cores)"),
+        ({"cores": 4}, "Test (avx2, 2 of 4 cores)"),
+    ],
+)
+def test_machines_of_one_name_are_not_mixed(other: dict, name: str) -> None:
+    first, second = cpu_rows(), [row | {"median_ms": 3.0} for row in cpu_rows(**other)]
+    second = [row | ({"over_ours": 4.0} if "over_ours" in row else {}) for row in second]
+    found = rows.newest([*first, *second])
+    assert len(found) == 8
+    assert report.summary_table(found).splitlines()[-2:] == [
+        f"| {machine} | float32 forward | - | {ratio} | - | - | - |"
+        for machine, ratio in (("Test (avx2, 2 of 2 cores)", "2.00 [2.00, 2.00]"), (name, "4.00 [4.00, 4.00]"))
+    ]
+    page = report.cpu_tables(found)
+    assert page.count("divided by ours, on Test") == 2 and page.count("L of 512: forward") == 2
+    assert f"\n\nOn {name}, torch 2.11; commit abc, 2026-11-26, torch's time" in page
+    assert len(plots.plots_of(found)) == 2
+
+
+def test_a_list_names_the_commit_and_the_days_of_its_own_rows() -> None:
+    short = [row for row in cpu_rows(commit="def", date="2026-11-28") if row["benchmark"] == "short"]
+    page = report.cpu_tables(rows.newest([*cpu_rows(), *short]))
+    assert "torch 2.11; commit abc, 2026-11-26. Geometric mean" in page
+    assert "torch 2.11; commit def, 2026-11-28, torch's time divided by ours" in page
+    assert page.count("commit") == 2
+
+
+@pytest.mark.parametrize("missing", [OURS, "torch"])
+def test_a_page_is_made_of_the_rows_that_are_there(missing: str) -> None:
+    """A run may have measured some implementations alone, or have found no right one."""
+    committed = [row for path in report.ROWS.glob("*.jsonl") for row in rows.read(path)]
+    left = [row for row in committed if row["implementation"] != missing]
+    report.summary_table(left)
+    assert "## CPU" in report.page(left)
+    report.page([untimed(row) for row in committed])
+
+
+def test_modules_steps_and_processes_are_shown_of_each_device() -> None:
+    gpu = {"device": "NVIDIA Test", "driver": "1.2", "torch": "2.11", "commit": "abc", "date": "2026-11-26"}
+    module = modules._row("encoder-layer", modules.Size(1024, 256, 512, 8, 1), "bfloat16", OURS)
+    step = {"benchmark": "generation", "table": "step", "batch": 4, "length": 128, "d_model": 256, "heads": 4}
+    step |= {"layers": 2, "dtype": "bfloat16", "implementation": OURS, "median_ms": 1.0}
+    loop = step | {"implementation": generation.LOOP, "median_ms": 2.0, "over_ours": 2.0}
+    made = [gpu | row for row in (module | {"median_ms": 1.0, "tokens_per_s": 5000.0}, step, loop)]
+    page = report.page(made)
+    assert "## GPU\n\nOn NVIDIA Test, torch 2.11; commit abc" in page and "## CPU" not in page
+    assert "- a training step of the module `encoder-layer` at (N, L, E) = (4, 256, 512), bfloat16: ours 5000 " in page
+    assert (
+        "tokens in the cache, 2 layers of 256 features, bfloat16: ours 1.00 ms; time / ours: torch-cache 2.00" in page
+    )
+    processes = {"benchmark": "distributed", "table": "ring 2", "processes": 2, "shape": [1, 8, 4096, 64]}
+    processes |= {"dtype": "float32", "implementation": OURS, "direction": "forward", "median_ms": 9.0}
+    line = report.lists([gpu | processes | {"p20_ms": 8.0, "predicted_ms": 7.0}])[0].splitlines()[-1]
+    assert line.endswith("(1, 8, 4096, 64), float32, by ring 2, in milliseconds: forward 8 (predicted 7)")
 
 
 def test_of_several_runs_the_newest_rows_count() -> None:
