@@ -41,6 +41,9 @@ IMAGE_BASE = 1 << 44
 STACK = IMAGE_BASE - (1 << 30)
 STACK_BYTES = 8 << 20
 
+#: The processor sees the memory of this process in pieces of this size.
+PIECE = 1 << 30
+
 
 # ---- Building
 
@@ -103,7 +106,7 @@ class Processor:
     def __init__(self, program: Path) -> None:
         self._unicorn = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
         self._functions = _functions_of(program)
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[int] = set()  # pieces, counted from address 0
         self._lock = threading.Lock()
         self._load(program.read_bytes())
         self._unicorn.mem_map(STACK, STACK_BYTES, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)
@@ -139,18 +142,20 @@ class Processor:
             self._unicorn.mem_write(address, program[begin : begin + size])
 
     def _see_memory(self) -> None:
-        """Maps what this process may write, which is where tensors lie, to the same addresses."""
-        found = set()
+        """Maps the pieces of memory in which this process may write, which is where tensors lie, to the same addresses.
+
+        A piece stays mapped, because the emulation translates the program again after each change. That takes longer
+        than most calls. An access to an address where this process has no memory ends the process.
+        """
         for line in Path("/proc/self/maps").read_text().splitlines():
             addresses, permissions, *_ = line.split(maxsplit=2)
             if permissions.startswith("rw"):
                 begin, end = (int(address, 16) for address in addresses.split("-"))
-                found.add((begin, end))
-        for begin, end in self._seen - found:
-            self._unicorn.mem_unmap(begin, end - begin)
-        for begin, end in found - self._seen:
-            self._unicorn.mem_map_ptr(begin, end - begin, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE, begin)
-        self._seen = found
+                for piece in set(range(begin // PIECE, -(-end // PIECE))) - self._seen:
+                    address = piece * PIECE
+                    rights = unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE
+                    self._unicorn.mem_map_ptr(address, PIECE, rights, address)
+                    self._seen.add(piece)
 
 
 def _functions_of(program: Path) -> dict[str, int]:
