@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ def run_case(
         rows_first: see `Inputs`.
     """
     inputs = Inputs(case, device, rows_first)
-    absent = set(rivals.OUR_BACKENDS) - set(rivals.able_backends(inputs))
+    absent = set(rivals.OUR_BACKENDS) - set(rivals.able_backends(inputs, refused))
     names = [name for name in names if name not in absent]
     rows = {name: _row_of(case, name) for name in names}
     right: dict[str, Prepared] = {}
@@ -153,6 +154,8 @@ def describe(rows: list[Row]) -> str:
     return " | ".join(cells)
 
 
+#: Options that choose among cases of cases.py and implementations.
+NOT_OF_EXTRAS = ("only", "shapes", "directions", "rivals", "refuse", "head_dim", "lengths", "tokens")
 #: The table that has every mask at several lengths, and the tables for a CPU.
 LENGTH, CPU = "attention", (*cases.FIXED, *extras.TABLES)
 
@@ -240,6 +243,9 @@ def main(arguments: argparse.Namespace) -> int:
     tables = [one for table in arguments.tables for one in (CPU if table == "cpu" else (table,))]
     arguments.rounds, arguments.seconds = session.limits(arguments, quick=(3, 0.05), full=(30, 1.0))
     todo = steps_of([table for table in tables if table not in extras.TABLES], arguments, run.earlier)
+    others = _extra_tables(tables, arguments, run.device)
+    if not (todo or others or run.earlier):
+        raise SystemExit("no case is left: expected tables, masks, sizes and rivals that go together, got none that do")
     timer = None if arguments.check_only else timing.timer_for(run.device)
     peaks: dict[str, float] = {}
     copy_rate = 0.0
@@ -266,7 +272,7 @@ def main(arguments: argparse.Namespace) -> int:
                 row["copy_gb_per_s"] = copy_rate
         run.record(rows, f"{case} | {describe(rows)}")
     # --resume measures these tables again, because one row does not tell that a table is complete.
-    for table in run.steps([table for table in tables if table in extras.TABLES]):
+    for table in run.steps(others):
         for rows in extras.TABLES[table](arguments):
             run.record(rows, f"{table} | {extras.describe(rows)}")
     print("\n".join(summary.ratio_lines(run.rows)))
@@ -278,8 +284,26 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _extra_tables(tables: Iterable[str], arguments: argparse.Namespace, device: torch.device) -> list[str]:
+    """Those of the tables that are in extras.py. Ends the command if they cannot be measured on the device, and says
+    which options they do not have."""
+    found = [table for table in tables if table in extras.TABLES]
+    if device.type != "cpu" and (wrong := [table for table in found if table != "overhead"]):
+        raise SystemExit(f"--device: expected cpu for the tables {', '.join(wrong)}, got {arguments.device!r}")
+    ignored = [name for name in NOT_OF_EXTRAS if getattr(arguments, name)]
+    if found and ignored:
+        print(f"no effect on the tables {', '.join(found)}: {', '.join(map(_option, ignored))}", file=sys.stderr)
+    if found and arguments.check_only:
+        print(f"--check-only: leaves out the tables {', '.join(found)}, which have only times", file=sys.stderr)
+    return [] if arguments.check_only else found
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _missing(table: str, case: Case, names: list[str], done: set[tuple]) -> list[str]:
-    """The names without a row in `done`, and ours, because ratios need ours in the same run.
+    """The names without a row in `done`, and ours, because ratios need ours in the same run; all if ours has no row.
 
     The result is empty if only single backends of ours have no row. They have rows only if several backends can compute
     the case, so a missing row does not mean that the case has not been measured.
@@ -288,7 +312,9 @@ def _missing(table: str, case: Case, names: list[str], done: set[tuple]) -> list
     missing = [name for name in names if (*about, name, *case.shape) not in done]
     if all(name in rivals.OUR_BACKENDS for name in missing):
         return []
-    return missing if OURS in missing or OURS not in names else [OURS, *missing]
+    if OURS not in names:
+        return missing
+    return names if OURS in missing else [OURS, *missing]
 
 
 def _rows_of(step: Step, device: torch.device, timer: timing.Timer | None, arguments: argparse.Namespace) -> list[Row]:

@@ -260,7 +260,7 @@ def table(
     for mask in masks:
         for dtype in scale.dtypes:
             for head_dim in scale.head_dims if mask != "mla" else (MLA_HEAD_DIM,):
-                heads = scale.gqa_heads if mask == "gqa" else scale.width // value_dim_of(mask, head_dim)
+                heads = scale.gqa_heads if mask == "gqa" else max(1, scale.width // value_dim_of(mask, head_dim))
                 for length in scale.lengths:
                     # A window over all keys hides nothing. A dense bias beyond 4096 keys needs gigabytes.
                     if (mask == "window" and length <= WINDOW) or (mask == "bias" and length > 4096):

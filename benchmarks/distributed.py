@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from benchmarks import session, timing
 from benchmarks.conventions import OURS
 from benchmarks.inputs import DTYPES
-from benchmarks.rows import Row
+from benchmarks.rows import Row, select
 from benchmarks.session import Session
 from fused_attn import fused_attention
 from fused_attn.attention.masks import band_of
@@ -52,15 +52,20 @@ class Kernel(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     session.add_arguments(parser, quick=f"{QUICK_LENGTH} tokens, {QUICK_ROUNDS} rounds")
+    parser.set_defaults(device="cpu")
 
 
 def main(arguments: argparse.Namespace) -> int:
+    session.refuse(arguments, threads="each process has one thread", seconds="--rounds sets the length of the run")
     found = Session(arguments)
+    if found.device.type != "cpu":
+        raise SystemExit(f"--device: expected cpu, because gloo joins the processes, got {arguments.device!r}")
     length = QUICK_LENGTH if found.is_quick else LENGTH
     rounds = arguments.rounds or (QUICK_ROUNDS if found.is_quick else ROUNDS)
     for dtype in found.dtypes:
         workload = Workload(length, 1, HEADS, KV_HEADS, HEAD_DIM, 1, dtype, band_of(True, (-1, -1)))
-        for world in found.steps(WORLDS, "{} processes".format):
+        done = {row["processes"] for row in select(found.earlier, benchmark="distributed", dtype=dtype)}
+        for world in found.steps([world for world in WORLDS if world not in done], "{} processes".format):
             rows = rows_of(workload, world, measure(workload, world, rounds))
             found.record(rows, "\n".join(map(_line, rows)))
     return 0

@@ -320,7 +320,10 @@ def cache_rows(
         rows[name] = about | {"implementation": name}
         try:
             if name not in calls:
-                calls[name] = rivals.call_of(rivals.fastest(name, inputs), inputs)
+                rows[name] |= rivals.version_of(name)
+                prepared = rivals.fastest(name, inputs)
+                rows[name]["given"] = prepared.given
+                calls[name] = rivals.call_of(prepared, inputs)
             error = reference.error({"out": calls[name]()})
         except Exception as problem:  # Packages raise exceptions of any class.
             calls.pop(name, None)
@@ -363,7 +366,7 @@ def _measure(rows: dict[str, Row], calls: dict[str, timing.Call], timer, rounds:
     drop = lambda name, error: rows[name].update(failed=reason(error))  # noqa: E731
     times = timing.measure_those_that_can(calls, timer, rounds, seconds, drop)
     for name, fields in timing.fields_of(times).items():
-        rows[name] |= fields
+        rows[name] |= fields | {"timing": timer.kind}
 
 
 RUNS = {"generation": generation_rows, "step": step_rows}

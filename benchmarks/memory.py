@@ -8,6 +8,7 @@ resident memory of a process is read, in which nothing else happens.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import multiprocessing
 import sys
@@ -86,15 +87,16 @@ def _peak_on_gpu(case: Case, name: str, device: torch.device) -> Peak:
 
 
 def _peak_here(case: Case, name: str, threads: int) -> Peak:
-    """`peak_of` on a CPU, for the process that this function runs in. The process must be a fresh one, because memory
-    that earlier calls have freed would be used again, unseen."""
+    """`peak_of` on a CPU, for the process that this function runs in, which must be a fresh one."""
     torch.set_num_threads(threads)
     # A small case runs first. It brings threads, code and workspaces, which do not count.
     small = Inputs(replace(case, length=64))
     rivals.call_of(RIVALS[name].prepare(small), small)()
     inputs = Inputs(case)
+    _give_back()
     given = _resident("VmRSS")
     prepared = RIVALS[name].prepare(inputs)
+    _give_back()
     held = max(0, _resident("VmRSS") - given)
     call = rivals.call_of(prepared, inputs)
     Path("/proc/self/clear_refs").write_text("5")
@@ -102,6 +104,11 @@ def _peak_here(case: Case, name: str, threads: int) -> Peak:
     results = _results_of(inputs)
     call()
     return Peak(_resident("VmHWM") - before - results, results, held)
+
+
+def _give_back() -> None:
+    """Returns memory that earlier calls have freed to the system. Later calls would use it again, unseen."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(field: str) -> int:
@@ -137,8 +144,10 @@ def main(arguments: argparse.Namespace) -> int:
     sweeps = [
         sweep
         for sweep in itertools.product(masks, run.dtypes, arguments.directions, names)
-        if not _is_done(sweep, lengths, run.earlier)
+        if RIVALS[sweep[3]].is_for(_case(*sweep[:3], lengths[0])) and not _is_done(sweep, lengths, run.earlier)
     ]
+    if not sweeps and not run.earlier:
+        raise SystemExit(f"--rivals: expected implementations for the masks {', '.join(masks)}, got {', '.join(names)}")
     for sweep in run.steps(sweeps, " ".join):
         rows = _sweep(*sweep, lengths, run.device)
         run.record(rows, f"{' '.join(sweep[:3]):40} {sweep[3]:16} {describe(rows)}")
@@ -162,7 +171,7 @@ def _sweep(
     """One row for each length. The first length that fails ends the sweep, because longer ones need more memory."""
     rows = []
     for length in lengths:
-        case = Case(1, HEADS, length, HEAD_DIM, mask, dtype, direction)
+        case = _case(mask, dtype, direction, length)
         about = dict(zip(SWEEP, (mask, dtype, direction, name), strict=True))
         rows.append({"benchmark": "memory", "shape": list(case.shape)} | about | rivals.version_of(name))
         try:
@@ -173,6 +182,10 @@ def _sweep(
         sizes = {"extra_mib": max(0, peak.extra), "held_mib": peak.held, "results_mib": peak.results}
         rows[-1] |= {name: size / MIB for name, size in sizes.items()}
     return rows
+
+
+def _case(mask: str, dtype: str, direction: str, length: int) -> Case:
+    return Case(1, HEADS, length, HEAD_DIM, mask, dtype, direction)
 
 
 def describe(rows: list[Row]) -> str:

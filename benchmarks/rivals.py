@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -192,15 +192,16 @@ def backends_of(name: str, inputs: Inputs) -> set[str]:
     return set(OUR_BACKENDS.values()) if chosen is None else {chosen}
 
 
-def able_backends(inputs: Inputs) -> list[str]:
+def able_backends(inputs: Inputs, refused: Collection[str] = ()) -> list[str]:
     """The names in OUR_BACKENDS of those backends that can compute the case. With fewer than two, the list is empty:
-    then there is nothing to compare."""
+    then there is nothing to compare. Refused backends are not called."""
     able = []
     for name, backend in OUR_BACKENDS.items():
         try:
-            if inputs.case.is_packed:  # `explain` takes no packed tensors, so the call itself has to tell.
-                with torch.no_grad():
-                    _ours(inputs, backend).forward()
+            if inputs.case.is_packed:
+                if backend not in refused:  # `explain` takes no packed tensors, so the call itself has to tell.
+                    with torch.no_grad():
+                        _ours(inputs, backend).forward()
             else:
                 fused_attn.explain(*inputs.qkv, **our_options(inputs), backend=backend)
         except ValueError:  # The backend does not support the case, or is not installed.

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import accuracy, timing
 from benchmarks.conventions import OURS
 from benchmarks.inputs import DTYPES
-from benchmarks.rivals import flash_module, reason, seconds_of
+from benchmarks.rivals import flash_module, reason, seconds_of, version_of
 from benchmarks.rows import Row
 from fused_attn import fused_attention_paged
 
@@ -165,8 +165,9 @@ def serving_rows(name: str, mix: Mix, device: torch.device, dtype: str, measure:
     if device.type == "cuda":
         calls[FLASH] = step.flash
     rows: dict[str, Row] = {}
+    others = {TORCH: version_of(TORCH) | {"given": torch_given}, FLASH: version_of(FLASH)}
     for implementation, call in list(calls.items()):
-        rows[implementation] = about | {"implementation": implementation}
+        rows[implementation] = about | {"implementation": implementation} | others.get(implementation, {})
         try:
             error = error_of(call())
         except Exception as problem:  # Packages raise exceptions of any class.

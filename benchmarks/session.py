@@ -18,6 +18,9 @@ from fused_attn.measurement import progress
 
 Step = TypeVar("Step")
 
+#: The dtypes of --dtype. Not float64, in which the yardsticks are computed.
+MEASURED = [name for name in DTYPES if name != "float64"]
+
 #: The fields in which a row must equal this run so that --resume leaves its case out.
 SAME_RUN = ("device", "cores", "threads", "isa", "torch", "commit", "quick")
 
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser, quick: str, is_timed: bool = 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ... (%(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{quick}; takes less than a minute")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="dtypes (float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument("--dtype", nargs="+", choices=MEASURED, help="dtypes (float32 on a CPU, bfloat16 on a GPU)")
     if is_timed:
         parser.add_argument("--rounds", type=whole, help="rounds for each case, at most")
         parser.add_argument("--seconds", type=duration, help="time for each case, roughly")
@@ -72,6 +75,13 @@ def limits(arguments: argparse.Namespace, quick: tuple[int, float], full: tuple[
     )
 
 
+def refuse(arguments: argparse.Namespace, **reasons: str) -> None:
+    """Ends the command if one of these common options is given, which the command does not have for these reasons."""
+    for name, reason in reasons.items():
+        if getattr(arguments, name) is not None:
+            raise SystemExit(f"--{name}: expected no such option, because {reason}, got {getattr(arguments, name)}")
+
+
 def _device(name: str) -> torch.device:
     """The device of this name. Ends the command if this machine cannot measure it."""
     gpus = torch.cuda.device_count()
@@ -82,6 +92,18 @@ def _device(name: str) -> torch.device:
     if found is None or not (found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < gpus)):
         raise SystemExit(f"--device: expected cpu or one of the {gpus} GPUs of this machine, got {name!r}")
     return found
+
+
+def _check_out(path: Path) -> None:
+    """Ends the command if the file cannot be written. Makes its folder, and no file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise SystemExit(f"--out: expected a file that can be written, got {path}: {error}") from None
 
 
 class Session:
@@ -103,6 +125,7 @@ class Session:
         self.rows: list[Row] = []
         self._about = machine.about(self.device, arguments.commit) | ({"quick": True} if arguments.quick else {})
         if self._out is not None:
+            _check_out(self._out)
             drop_cut_line(self._out)
         same = {name: self._about.get(name) for name in SAME_RUN}
         self.earlier = select(read(self._out), **same) if arguments.resume and self._out.exists() else []

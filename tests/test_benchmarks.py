@@ -696,6 +696,58 @@ def test_a_device_that_is_not_here_ends_the_command(command: str) -> None:
             __main__.main([command, "--quick", "--device", device])
 
 
+@pytest.mark.parametrize("options", [["--device", "cuda"], ["--threads", "2"], ["--seconds", "1"]])
+def test_processes_take_no_option_without_an_effect(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(machine, "about", lambda device, commit: {})
+    monkeypatch.setattr(distributed, "measure", lambda *arguments: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit, match=f"^{options[0]}: expected .* got ['0-9a-z.]+$"):
+        __main__.main(["distributed", "--quick", *options])
+
+
+def test_other_tables_of_a_cpu_say_what_they_do_not_take(capsys: pytest.CaptureFixture) -> None:
+    arguments = argparse.Namespace(check_only=False, device="cuda", **dict.fromkeys(attention.NOT_OF_EXTRAS))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert attention._extra_tables(["masks", "step", "overhead"], arguments, cpu) == ["step", "overhead"]
+    assert attention._extra_tables(["masks", "overhead"], arguments, gpu) == ["overhead"]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit, match="--device: expected cpu for the tables layers, step, got 'cuda'"):
+        attention._extra_tables(["layers", "overhead", "step"], arguments, gpu)
+    arguments.head_dim, arguments.rivals = [64], ["torch"]
+    assert attention._extra_tables(["step"], arguments, cpu) == ["step"]
+    assert capsys.readouterr().err == "no effect on the tables step: --rivals, --head-dim\n"
+    arguments.check_only = True
+    assert attention._extra_tables(["step"], arguments, cpu) == []
+    assert "--check-only: leaves out the tables step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["attention", "--only", "causal", "--rivals", "torch-varlen"], "no case is left"),
+        (["attention", "--tables", "step", "--check-only"], "no case is left"),
+        (["memory", "--only", "none", "--rivals", "torch-varlen"], "--rivals: expected implementations for the masks"),
+        (["modules", "--out", "."], "--out: expected a file that can be written, got ."),
+        (["memory", "--out", "/dev/null/rows.jsonl"], "--out: expected a file that can be written, got /dev/null/"),
+    ],
+)
+def test_a_command_that_can_measure_nothing_says_so(command: list[str], why: str) -> None:
+    with pytest.raises(SystemExit, match=f"^{why}"):
+        __main__.main([*command, "--quick", "--device", "cpu"])
+
+
+def test_float64_is_the_yardstick_and_is_not_measured(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        __main__.main(["attention", "--dtype", "float64"])
+    assert "invalid choice: 'float64'" in capsys.readouterr().err
+
+
+def test_a_head_dim_wider_than_the_model_has_one_head() -> None:
+    found = list(cases.table(cases.CPU_QUICK._replace(head_dims=(1024,)), ["none"], ["forward"]))
+    assert found and {case.heads for case in found} == {1}
+
+
 @pytest.mark.parametrize("option", ["--lengths", "--head-dim", "--tokens", "--rounds", "--threads", "--shapes"])
 def test_sizes_are_at_least_one(option: str, capsys: pytest.CaptureFixture) -> None:
     for size in ("0", "-5", "many"):
@@ -948,6 +1000,9 @@ def test_quick_generation_and_its_plot(tmp_path: Path) -> None:
         assert row["machine_fraction"] == pytest.approx(row["gb_per_s"] / row["read_gb_per_s"])
     assert {row["kv_heads"] for row in caches} == {1, 4}
     steps = rows.select(found, table="serving")
+    assert {row["timing"] for row in found} == {"wall clock", "wall clock, warm"}
+    of_torch = [row for row in (*caches, *steps) if row["implementation"] == "torch"]
+    assert all(row["package"] == "torch" and row["version"] and row["given"] for row in of_torch)
     assert {row["implementation"] for row in steps} == {OURS, serving.EACH, "torch"}
     assert all(row["is_right"] and row["median_ms"] > 0 for row in steps)
     assert {(row["mix"], row["sequences"], row["queries"], row["keys"]) for row in steps} == {
@@ -1322,8 +1377,14 @@ def test_rows_become_plots(tmp_path: Path) -> None:
 
 def test_refused_kernels_are_neither_checked_nor_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests of a backend have failed. On a GPU this may be triton or cuda; here it is the backend cpu."""
-    ours = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference")}
+    ours, plain, prepared = {f"{OURS}[{backend}]": backend for backend in ("cpu", "reference")}, rivals._ours, set()
+
+    def prepare(inputs: Inputs, backend: str | None = None) -> rivals.Prepared:
+        prepared.add(backend)
+        return plain(inputs, backend)
+
     monkeypatch.setattr(rivals, "OUR_BACKENDS", ours)
+    monkeypatch.setattr(rivals, "_ours", prepare)
     for name, backend in ours.items():
         rival = rivals.Rival(functools.partial(rivals._ours, backend=backend), ("fused_attn",))
         monkeypatch.setitem(rivals.RIVALS, name, rival)
@@ -1341,6 +1402,7 @@ def test_refused_kernels_are_neither_checked_nor_timed(monkeypatch: pytest.Monke
         assert timed == {f"{OURS}[reference]", "torch"} & set(names)
         for name in (OURS, f"{OURS}[cpu]"):
             assert found[name]["cannot"] == "tests of cpu are red" and "is_right" not in found[name]
+    assert prepared == {"reference"}
 
 
 def test_only_missing_implementations_are_measured(tmp_path: Path) -> None:
@@ -1348,10 +1410,12 @@ def test_only_missing_implementations_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     command = ["attention", "--device", "cpu", "--quick", "--lengths", "32", "--only", "causal", "--out", str(out)]
     command += ["--directions", "forward", "--rounds", "2", "--seconds", "0.01", "--resume"]
-    for names, count in (([OURS], 1), ([OURS, "torch"], 3), (["torch"], 3), ([OURS, "fused_attn[cuda]"], 3)):
+    both, kernel = [OURS, "torch"], [OURS, "fused_attn[cuda]"]
+    for names, count in ((["torch"], 1), (both, 3), ([OURS, "torch-math"], 5), (["torch"], 5), (kernel, 5)):
         assert __main__.main([*command, "--rivals", *names]) == 0
         assert len(rows.read(out)) == count
-    assert rows.read(out)[-1]["implementation"] == "torch" and rows.read(out)[-1]["over_ours"] > 0
+    assert [row["implementation"] for row in rows.read(out)] == ["torch", OURS, "torch", OURS, "torch-math"]
+    assert [row.get("over_ours", 0.0) > 0 for row in rows.read(out)] == [False, False, True, False, True]
 
 
 def test_rows_say_where_they_were_measured() -> None:
