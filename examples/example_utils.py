@@ -41,7 +41,7 @@ def argument_parser(description: str, minutes: float, quick: dict[str, float], o
         "--minutes": {"type": positive_float, "default": minutes, "help": "time for the whole run (%(default)s)"},
         "--quick": quick_option(**quick),
         "--backend": {"choices": BACKEND_NAMES, "help": "attention backend (the fastest that can run)"},
-        "--device": {"default": device, "help": "cpu, cuda, cuda:1, ... (%(default)s)"},
+        "--device": {"type": usable_device, "default": device, "help": "cpu, cuda, cuda:1, ... (%(default)s)"},
         # A thread that waits for another one keeps its core busy. Two threads were slower than one where other programs
         # used the cores.
         "--threads": {"type": positive_int, "help": "CPU threads (torch's choice); 1 is best on a busy machine"},
@@ -64,6 +64,24 @@ def quick_option(**values: float) -> dict:
     return {"action": SetOthers, "nargs": 0, "default": argparse.SUPPRESS, "help": text}
 
 
+def usable_device(text: str) -> str:
+    """The type of --device: the name of a device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"expected a device of this machine, got {text} ({why})") from None
+    return text
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder of --output. Ends the program if that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--output: expected a folder, got {path}: {error}") from None
+
+
 def positive_float(text: str) -> float:
     """The type of --minutes."""
     value = float(text)
@@ -84,7 +102,7 @@ def set_up(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output)
     sample = torch.zeros(1, 1, 2, 16, device=args.device)
     args.backend = fused_attn.explain(sample, sample, sample, is_causal=True, backend=args.backend).chosen
 

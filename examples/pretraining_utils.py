@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pydoc_data.topics import topics
 
 import torch
-from example_utils import packages_of, positive_int, quick_option
+from example_utils import packages_of, positive_int, quick_option, usable_device
 from torch import Tensor, nn
 
 from fused_attn.backends.dispatch import BACKEND_NAMES
@@ -47,7 +47,7 @@ def argument_parser(description: str, steps: int, quick: int) -> argparse.Argume
     parser.add_argument("--quick", **quick_option(steps=quick))
     parser.add_argument("--backend", choices=BACKEND_NAMES, help="attention backend (the fastest that can run)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1, ... (%(default)s)")
+    parser.add_argument("--device", type=usable_device, default=device, help="cpu, cuda, cuda:1, ... (%(default)s)")
     # In models as small as these, a second thread costs more time than it saves.
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and dropout (%(default)s)")

@@ -21,7 +21,7 @@ from pydoc_data.topics import topics
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from example_utils import positive_int, progress_bar, quick_option
+from example_utils import make_folder, positive_int, progress_bar, quick_option
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -104,6 +104,9 @@ def train(args: argparse.Namespace) -> list[float]:
     checkpoint, losses = args.output / "long.pt", []
     if args.resume:
         saved = torch.load(checkpoint, map_location=device)
+        for name, value in saved["settings"].items():
+            if getattr(args, name) != value:
+                raise SystemExit(f"--{name}: expected {value}, as in {checkpoint}, got {getattr(args, name)}")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         losses = saved["losses"]
@@ -123,6 +126,7 @@ def train(args: argparse.Namespace) -> list[float]:
                 bar.update(task, completed=step + 1, text=f"step {step + 1}  loss {losses[-1]:.4f}")
                 if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+                    state["settings"] = {"length": args.length, "rate": args.rate}
                     # The file is complete at every moment, also if the process ends while it writes.
                     torch.save(state, checkpoint.with_suffix(".new"))
                     checkpoint.with_suffix(".new").replace(checkpoint)
@@ -147,7 +151,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     args = arguments(argv)
     if args.resume and not (args.output / "long.pt").exists():
         raise SystemExit(f"--resume: {args.output / 'long.pt'} does not exist; train first, without --resume")
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output)
     is_alone = "RANK" not in os.environ  # started without torchrun
     if is_alone:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -394,6 +394,34 @@ def test_resume_without_a_checkpoint_says_so(monkeypatch, tmp_path):
             module.main(["--resume", "--output", str(tmp_path)])
 
 
+def test_resume_with_other_settings_names_the_setting(monkeypatch, tmp_path):
+    common = ["--output", str(tmp_path), "--steps", "2"]
+    for module in example(monkeypatch, "train_long"):
+        module.main([*common, "--length", "64"])
+        for changed, message in (
+            (["--length", "32"], r"--length: expected 64, as in .*long\.pt, got 32"),
+            (["--length", "64", "--rate", "0.5"], r"--rate: expected 0.001, as in .*long\.pt, got 0.5"),
+        ):
+            with pytest.raises(SystemExit, match=message):
+                module.main([*common, *changed, "--resume"])
+        assert len(module.main([*common, "--length", "64", "--steps", "3", "--resume"])) == 3
+
+
+@pytest.mark.parametrize("name", ["train_digits", "train_long"])
+def test_a_folder_that_cannot_be_made_is_named(name, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for module in example(monkeypatch, name, *(["sklearn"] if name == "train_digits" else [])):
+        with pytest.raises(SystemExit, match=r"--output: expected a folder, got .*file: "):
+            module.main(["--output", str(tmp_path / "file"), "--quick"])
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "abacus"])
+def test_a_device_that_is_not_here_is_named(device, digits, capsys):
+    with pytest.raises(SystemExit):
+        digits.main(["--device", device])
+    assert f"--device: expected a device of this machine, got {device} (" in capsys.readouterr().err
+
+
 def test_lightning_g2p(g2p, tmp_path, capsys):
     """Two runs with the same seed give the same metrics, and a run with another seed gives other ones."""
     pytest.importorskip("lightning", reason="pip install -e .[examples,lightning]")

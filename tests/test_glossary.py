@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,21 @@ int dropout_keep = keep_registers(replaced, alive), unit_stride = 1;
 
 def test_the_sources_use_the_words_of_the_glossary() -> None:
     assert check_glossary.check() == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "argument", "message"),
+    [
+        ("check_glossary", "--help", "usage: check_glossary.py"),
+        ("check_glossary", "nofile", "paths: expected files and folders, got nofile"),
+        ("structure", "nofile", "root: expected a folder with the sources of fused_attn, got "),
+    ],
+)
+def test_tools_explain_their_arguments(tool: str, argument: str, message: str) -> None:
+    command = [sys.executable, ROOT / "tools" / f"{tool}.py", argument]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == (0 if argument == "--help" else 2)
+    assert message in result.stdout + result.stderr and "Traceback" not in result.stderr
 
 
 def test_each_word_has_a_meaning_and_is_there_once() -> None:

@@ -284,6 +284,13 @@ def test_the_case_of_compute_sanitizer_is_small(tmp_path: Path, monkeypatch: pyt
     assert max(case.batch * case.heads * case.length**2 for case in table) < 2**22
 
 
+@pytest.mark.parametrize("option", [("--minutes", "-1"), ("--minutes", "nan"), ("--device", "tpu")])
+def test_options_are_checked(option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--out", str(tmp_path), *option])
+    assert f"argument {option[0]}: " in capsys.readouterr().err
+
+
 def test_a_stage_that_does_not_exist_is_an_error_that_lists_them(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         gpu_suite.main(["--out", "unused", "--only", "bench:everything"])

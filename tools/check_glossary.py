@@ -5,6 +5,7 @@ The last column of each table of the page lists the words that must not be used.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,11 @@ def check(paths: Sequence[Path] = SOURCES) -> list[str]:
 
 
 if __name__ == "__main__":
-    wrong = check([Path(argument) for argument in sys.argv[1:]] or SOURCES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, help="files and folders (all sources)")
+    paths = parser.parse_args().paths
+    if missing := [str(path) for path in paths if not path.exists()]:
+        parser.error(f"paths: expected files and folders, got {', '.join(missing)}")
+    wrong = check(paths or SOURCES)
     print("\n".join(wrong))
     sys.exit(bool(wrong))

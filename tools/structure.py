@@ -119,6 +119,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="also name the files, functions and modules")
     arguments = parser.parse_args()
     root = arguments.root.resolve()
+    if not (root / "fused_attn").is_dir():
+        parser.error(f"root: expected a folder with the sources of fused_attn, got {root}")
     product, benchmarks = lines(product_files(root)), lines(sorted((root / "benchmarks").rglob("*.py")))
     figures = {
         "product files with `sinks`": (files_with(root, "sinks"), None),

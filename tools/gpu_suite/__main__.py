@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from benchmarks import conventions
+from benchmarks.session import duration
 from tools.gpu_suite import summary
 from tools.gpu_suite.reports import REPORTS
 from tools.gpu_suite.stages import STAGES
@@ -88,9 +89,9 @@ def main(argv: list[str] | None = None) -> int:
         "python -m tools.gpu_suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all results")
-    parser.add_argument("--minutes", type=float, help="time for the whole run (no limit)")
+    parser.add_argument("--minutes", type=duration, help="time for the whole run (no limit)")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=f"run these: {', '.join(names)}")
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a dry run (%(default)s)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu is a dry run (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer sizes in the benchmarks")
     parser.add_argument("--fail-on-spills", action="store_true",
                         help="fail if a CUDA kernel spills registers, whatever the version of nvcc")  # fmt: skip

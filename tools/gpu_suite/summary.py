@@ -16,9 +16,9 @@ from tools.gpu_suite.suite import STOPPED
 
 #: The verdict of a stage that was not begun.
 NOT_RUN = "not run: the time is up"
-#: A summary has this many lines about problems at most. Often only the end of an output is kept, and the whole summary
 #: What tells the size of a row of the benchmark "generation"; the first that a row has counts.
 SIZES = ("new_tokens", "shape", "mix", "length")
+#: A summary has this many lines about problems at most. Often only the end of an output is kept, and the whole summary
 #: has to fit into it.
 MOST_LINES = 24
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "both", "bfloat16": "bf16", "float16": "fp16"}
