@@ -14,6 +14,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # MKL then adds in the same order on all processors. The error of torch's eager attention is the yardstick of the tests.
 # With AVX-512, it is smaller in a few products of vectors, by chance.
 os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+# torch's compiler then compiles in this process. Its other processes would import torch first, which takes longer.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import hypothesis
 import pytest
