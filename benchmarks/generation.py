@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ VOCABULARY = 8192
 TABLES = ("generation", "step", "cache", "serving")
 #: torch.nn without a cache, a loop with a cache, and transformers.
 TORCH, LOOP, TRANSFORMERS = "torch", "torch-cache", "transformers-static"
+TRANSFORMERS_PACKAGE = "transformers"
 #: The rows of a page in the table "cache". Each page size is an implementation of its own.
 PAGED = {f"{OURS}-pages-{rows}": rows for rows in (64, 16)}
 #: The rivals of the table "cache", by device. On a CPU, torch has one kernel.
@@ -252,6 +254,8 @@ def generation_rows(size: Size, device: torch.device, dtype: str, count: int, ro
     for name, found in tokens.items():
         rows[name]["same_tokens"] = (found == tokens[TORCH]).double().mean().item()
     try:
+        version = importlib.metadata.version(TRANSFORMERS_PACKAGE)
+        rows[TRANSFORMERS] |= {"package": TRANSFORMERS_PACKAGE, "version": version}
         transformers_generate = _transformers(size, src, DTYPES[dtype])
         calls[TRANSFORMERS] = lambda: transformers_generate(count)
         calls[TRANSFORMERS]()

@@ -83,7 +83,7 @@ def make_folder(path: Path) -> None:
 
 
 def positive_float(text: str) -> float:
-    """The type of --minutes."""
+    """The type of options that measure something, such as --minutes."""
     value = float(text)
     if not value > 0.0:
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")

@@ -21,7 +21,7 @@ from pydoc_data.topics import topics
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from example_utils import make_folder, positive_int, progress_bar, quick_option
+from example_utils import make_folder, positive_float, positive_int, progress_bar, quick_option
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -104,7 +104,7 @@ def train(args: argparse.Namespace) -> list[float]:
     checkpoint, losses = args.output / "long.pt", []
     if args.resume:
         saved = torch.load(checkpoint, map_location=device)
-        for name, value in saved["settings"].items():
+        for name, value in saved.get("settings", {}).items():  # older checkpoints have none
             if getattr(args, name) != value:
                 raise SystemExit(f"--{name}: expected {value}, as in {checkpoint}, got {getattr(args, name)}")
         model.load_state_dict(saved["model"])
@@ -137,7 +137,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=positive_int, default=8192, help="bytes of a sequence (%(default)s)")
     parser.add_argument("--steps", type=positive_int, default=200, help="steps of the whole training (%(default)s)")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (%(default)s)")
+    parser.add_argument("--rate", type=positive_float, default=1e-3, help="learning rate (%(default)s)")
     parser.add_argument("--save-every", type=positive_int, default=10, help="steps between checkpoints (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--quick", **quick_option(length=1024, steps=10))

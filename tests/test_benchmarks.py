@@ -991,6 +991,7 @@ def test_quick_generation_and_its_plot(tmp_path: Path) -> None:
     first = rows.select(found, table="generation")
     assert {row["implementation"] for row in first} == {OURS, "torch", "torch-cache", "transformers-static"}
     assert [row["same_tokens"] for row in first if "same_tokens" in row] == [1.0] * 3
+    assert [(row["package"], "cannot" in row) for row in first if "version" in row] == [("transformers", False)]
     caches = rows.select(found, table="cache")
     assert {row["implementation"] for row in caches} == {OURS, *generation.PAGED, "torch"}
     for row in caches:

@@ -385,6 +385,11 @@ def test_steps_are_at_least_one(name, monkeypatch, capsys):
             with pytest.raises(SystemExit):
                 module.main([f"--steps={steps}", *(["--model", "bert"] if name == "pretrain" else [])])
             assert f"--steps: expected a whole number > 0, got {steps}" in capsys.readouterr().err
+        if name == "train_long":
+            for rate in ("0", "-1", "nan"):
+                with pytest.raises(SystemExit):
+                    module.main([f"--rate={rate}"])
+                assert f"--rate: expected a number > 0, got {rate}" in capsys.readouterr().err
     sys.modules.pop("pretraining_utils", None)
 
 
@@ -405,6 +410,10 @@ def test_resume_with_other_settings_names_the_setting(monkeypatch, tmp_path):
             with pytest.raises(SystemExit, match=message):
                 module.main([*common, *changed, "--resume"])
         assert len(module.main([*common, "--length", "64", "--steps", "3", "--resume"])) == 3
+        older = torch.load(tmp_path / "long.pt")
+        del older["settings"]
+        torch.save(older, tmp_path / "long.pt")
+        assert len(module.main([*common, "--length", "64", "--steps", "4", "--resume"])) == 4
 
 
 @pytest.mark.parametrize("name", ["train_digits", "train_long"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+from collections.abc import Callable
 
 import cases
 import pytest
 import torch
 from cases import CASES, Case
+from conftest import poison
 from operator_calls import CALLS, backward_call, check_layouts, operator_calls
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -392,6 +394,16 @@ def test_compiled_transforms_of_any_length(transform, dynamic, backend: str, gen
         (query,) = tensors(generator, (2, 1, length, 2, 8), dtype=torch.float64, requires_grad=False)
         query = query if transform is torch.func.vmap else query[0]
         torch.testing.assert_close(compiled(query), function(query))
+
+
+def test_torch_compiles_after_a_test_with_poisoned_memory() -> None:
+    def compile_and_run(function: Callable[[Tensor], Tensor]) -> None:
+        torch.compile(function, backend="eager", fullgraph=True)(torch.ones(2))
+
+    with pytest.MonkeyPatch.context() as monkeypatch, poison(monkeypatch):
+        torch._dynamo.reset()
+        compile_and_run(lambda x: x + 1)
+    compile_and_run(lambda x: x + torch.empty_strided((2,), (1,)).shape[0])
 
 
 # ---- Transforms older than torch.func: gradients of several outputs at once

@@ -317,6 +317,19 @@ def test_without_a_gpu_the_error_says_so(no_gpu, capsys):
     assert "torch sees no GPU on this machine" in capsys.readouterr().err
 
 
+EXPECTED_DEVICE = (
+    "--device: expected a GPU of this machine, such as cuda:0, or with --dry-run an architecture, such as sm_90"
+)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_dry_run_of_a_gpu_that_is_not_here_says_what_is_expected(no_gpu, capsys, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit):
+        main(["tune", "--dry-run", "--device", device])
+    assert f"{EXPECTED_DEVICE}, got {device}" in capsys.readouterr().err
+
+
 def test_an_old_gpu_is_refused_with_the_reason(no_gpu, capsys):
     assert main(["tune", "--dry-run", "--device", "sm_75"]) == 1
     assert "compute capability 7.5, expected 8.0 or higher" in capsys.readouterr().err
@@ -349,7 +362,7 @@ def test_the_gpu_has_to_be_one_of_this_machine(gpu, capsys):
     for device in ("cuda:1", "sm_90"):
         with pytest.raises(SystemExit):
             main(["tune", "--device", device])
-        assert f"--device: expected a GPU of this machine, such as cuda:0, got {device}" in capsys.readouterr().err
+        assert f"{EXPECTED_DEVICE}, got {device}" in capsys.readouterr().err
 
 
 def test_clear_deletes_the_tables_of_this_gpu(gpu, cache, capsys):

@@ -167,10 +167,10 @@ def main(arguments: argparse.Namespace) -> int:
     selected = workloads(**{name: values for name, values in chosen.items() if values is not None})
     has_gpu = torch.cuda.is_available()
     device: Any = arguments.device or ("cuda" if has_gpu or not arguments.dry_run else "sm_90")
-    if not arguments.dry_run:
-        if not has_gpu:
-            print("torch sees no GPU on this machine; --dry-run lists what would be measured on one", file=sys.stderr)
-            return 1
+    if not arguments.dry_run and not has_gpu:
+        print("torch sees no GPU on this machine; --dry-run lists what would be measured on one", file=sys.stderr)
+        return 1
+    if not arguments.dry_run or device.startswith("cuda"):
         device = _gpu(device)
     for workload in selected:
         if reasons := backend.unsupported_reasons(workload.problem(device)):
@@ -195,9 +195,11 @@ def _gpu(device: str) -> torch.device:
         ValueError: this machine has no such GPU
     """
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
-    index = torch.cuda.current_device() if match is None or match[1] is None else int(match[1])
-    if match is None or index >= torch.cuda.device_count():
-        raise ValueError(f"--device: expected a GPU of this machine, such as cuda:0, got {device}")
+    count = torch.cuda.device_count()
+    index = int(match[1]) if match and match[1] else torch.cuda.current_device() if count > 0 else 0
+    if match is None or index >= count:
+        expected = "a GPU of this machine, such as cuda:0, or with --dry-run an architecture, such as sm_90"
+        raise ValueError(f"--device: expected {expected}, got {device}")
     return torch.device("cuda", index)
 
 
